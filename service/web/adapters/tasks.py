@@ -1,18 +1,19 @@
 """Which models an adapter can use, and how it runs their items."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
+from pydantic import BaseModel
 
 from modalkit.batching import Failure
 from modalkit.batching.errors import raise_anew
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model, find_model
 from modalkit.service.validation import validated
-from modalkit.service.web.admission import Admission, reception_of
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.bodies import check_count
 from modalkit.service.web.direct import while_connected
@@ -67,7 +68,8 @@ class Task:
         self,
         request: Request,
         models: Mapping[str, Model],
-        items: Iterable[Mapping[str, Any]],
+        admission: Admission,
+        items: Sequence[Mapping[str, Any]],
         model_name: str | None = None,
     ) -> tuple[str, list[InferenceOutputModel]]:
         """Run items on the model of this name, or the one that the request's query names, or the first that fits.
@@ -79,8 +81,12 @@ class Task:
         model = self._find(models, model_name or options.model_name)
         caller.take_items(0)
         model.check_room(**options.for_owner(caller.owner))
-        valid = [validated(model.input_model, item) for item in items]
-        check_count(len(valid), reception_of(request.scope).limits)
+        check_count(len(items), admission.limits)
+
+        def validate(some: Sequence[Mapping[str, Any]]) -> list[BaseModel]:
+            return [validated(model.input_model, item) for item in some]
+
+        valid = await admission.map(validate, items)
         caller.take_items(len(valid))
         call = model.predict_many(valid, **options.for_owner(caller.owner))
         outputs = []

@@ -106,8 +106,8 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
         await CLASSIFICATION.check_room(request, models, admission)
         asked = await read_as(PredictRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        items = ({"text": text if isinstance(text, str) else text[0], "scores": True} for text in texts)
-        _, outputs = await CLASSIFICATION.run(request, models, items)
+        items = [{"text": text if isinstance(text, str) else text[0], "scores": True} for text in texts]
+        _, outputs = await CLASSIFICATION.run(request, models, admission, items)
         _check_length(asked, outputs)
         top_k = None if asked.parameters is None else asked.parameters.top_k
 
@@ -122,7 +122,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
         await EMBEDDING.check_room(request, models, admission)
         asked = await read_as(EmbedRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-        _, outputs = await EMBEDDING.run(request, models, ({"text": text} for text in texts))
+        _, outputs = await EMBEDDING.run(request, models, admission, [{"text": text} for text in texts])
         _check_length(asked, outputs)
 
         def write(output: InferenceOutputModel) -> bytes:
@@ -134,8 +134,8 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
     async def tei_rerank(request: Request) -> Response:
         await RERANKING.check_room(request, models, admission)
         asked = await read_as(RerankRequest, request)
-        items = ({"query": asked.query, "text": text} for text in asked.texts)
-        _, outputs = await RERANKING.run(request, models, items)
+        items = [{"query": asked.query, "text": text} for text in asked.texts]
+        _, outputs = await RERANKING.run(request, models, admission, items)
         _check_length(asked, outputs)
         ranks: list[dict[str, Any]] = [
             {"index": index, "score": getattr(output, RERANKING.gives)}

@@ -77,8 +77,8 @@ def add_vllm_routes(routes: RouteTable, models: Mapping[str, Model], admission: 
             await CLASSIFICATION.check_room(request, models, admission)
         asked = await read_as(ClassificationRequest, request)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        items = ({"text": text, "scores": True} for text in texts)
-        name, outputs = await CLASSIFICATION.run(request, models, items, asked.model)
+        items = [{"text": text, "scores": True} for text in texts]
+        name, outputs = await CLASSIFICATION.run(request, models, admission, items, asked.model)
         data = []
         for index, output in enumerate(outputs):
             scores: dict[str, float] = getattr(output, CLASSIFICATION.gives)

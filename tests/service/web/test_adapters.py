@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import anyio
 import httpx
 import numpy as np
 import pytest
 from anyio import to_thread
+from anyio.lowlevel import checkpoint
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel
@@ -15,7 +17,10 @@ from pydantic import BaseModel
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import ADAPTERS, Adapter, Settings
+from modalkit.service.validation import validated
 from modalkit.service.web import create_app
+from modalkit.service.web.adapters import tasks
+from modalkit.service.web.admission import SLICE_ITEMS
 from modalkit.testing import client_of
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
@@ -224,6 +229,30 @@ async def test_outputs_are_written_for_clients_of_other_servers_as_for_ours() ->
         for path, body in failing:
             problem = assert_problem(await client.post(path, json=body), 500)
             assert problem["type"] == "urn:problem-type:modalkit:output-not-json", path
+
+
+async def test_others_have_their_turn_while_many_texts_are_validated(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, seen = 0, set[int]()
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    def noted(model: type[BaseModel], value: object) -> BaseModel:
+        seen.add(turns)
+        return validated(model, value)
+
+    monkeypatch.setattr(tasks, "validated", noted)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(count_turns)
+        answer = await client.post("/embed", json={"inputs": ["a"] * (SLICE_ITEMS + 1)})
+        task_group.cancel_scope.cancel()
+    assert len(answer.json()) == SLICE_ITEMS + 1
+    assert len(seen) > 1
 
 
 async def test_an_adapter_has_no_routes_without_a_model_that_fits_and_none_when_it_is_switched_off() -> None:
