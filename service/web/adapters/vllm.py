@@ -14,8 +14,8 @@ from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
 from modalkit.service.web.admission import Admission
-from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import read_as
+from modalkit.service.web.direct import DirectResponse
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.routes import RouteTable
 
@@ -88,4 +88,4 @@ def add_vllm_routes(routes: RouteTable, models: Mapping[str, Model], admission: 
         answer = ClassificationResponse(
             id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=name, data=data
         )
-        return Response(to_json(answer), media_type=JSON)
+        return DirectResponse(to_json(answer))

@@ -13,6 +13,7 @@ from anyio.lowlevel import checkpoint
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel
+from starlette.types import Message, Receive, Scope, Send
 
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.local_gateway import LocalGateway
@@ -20,7 +21,7 @@ from modalkit.service.settings import ADAPTERS, Adapter, Settings
 from modalkit.service.validation import validated
 from modalkit.service.web import create_app
 from modalkit.service.web.adapters import tasks
-from modalkit.service.web.admission import SLICE_ITEMS
+from modalkit.service.web.admission import FREE_BYTES, SLICE_ITEMS
 from modalkit.testing import client_of
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
@@ -253,6 +254,29 @@ async def test_others_have_their_turn_while_many_texts_are_validated(
         task_group.cancel_scope.cancel()
     assert len(answer.json()) == SLICE_ITEMS + 1
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize(("path", "key"), [("/predict", "inputs"), ("/classify", "input")])
+async def test_a_large_answer_counts_as_held_while_it_is_sent(path: str, key: str) -> None:
+    texts = ["a"] * 2000
+    async with LocalGateway(make_settings(**ENTRIES)) as gateway:
+        await gateway.wait_until_ready()
+        app, held = create_app(gateway, owns_gateway=False), list[bool]()
+        transport = httpx.ASGITransport(app)
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            async def watching(message: Message) -> None:
+                if message["type"] == "http.response.body":
+                    async with httpx.AsyncClient(transport=transport, base_url="http://a") as other:
+                        held.append("modalkit_held_body_bytes 0.0" not in (await other.get("/metrics")).text)
+                await send(message)
+
+            await app(scope, receive, watching)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(watched), base_url="http://a", timeout=60) as client:
+            answer = await client.post(path, json={key: [[text] for text in texts] if path == "/predict" else texts})
+    assert (answer.status_code, len(answer.content) > FREE_BYTES) == (200, True)
+    assert all(held)
 
 
 async def test_an_adapter_has_no_routes_without_a_model_that_fits_and_none_when_it_is_switched_off() -> None:
