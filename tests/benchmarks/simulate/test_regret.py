@@ -20,6 +20,7 @@ from modalkit.benchmarks.simulate.regret import (
 )
 from modalkit.benchmarks.simulate.structures import Structure, fixed_s, linear
 from modalkit.benchmarks.simulate.tables import CPU
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 CASES = list(cases())
 
@@ -76,7 +77,8 @@ def test_the_number_below_a_cliff_is_found_where_batches_may_hold_many_more(beyo
         return (0.01 + 0.001 * count) * (factor if count > beyond else 1)
 
     items = 20_000
-    planner = BatchPlanner(BatchPolicy(max_batch_size=256, max_queue_items=items), MeasuredCostModel())
+    policy = BatchPolicy(max_batch_size=256, max_queue_items=items)
+    planner: BatchPlanner[IndexedRequest] = BatchPlanner(policy, MeasuredCostModel())
     ours_s, _ = backlog_s(planner, Structure("cliff", seconds), np.ones(items, dtype=np.int64), 1)
     assert items / beyond * seconds(beyond, 1, beyond) / ours_s >= 0.9
 
