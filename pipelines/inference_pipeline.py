@@ -57,7 +57,7 @@ class InferencePipeline:
     """The model that each item is validated by before it reaches the pipeline."""
 
     output_model: ClassVar[type[InferenceOutputModel]] = InferenceOutputModel
-    """What each output is: an instance, or one of another class that has its fields. Others fail alone."""
+    """What each output is: an instance, or another `InferenceOutputModel` that has its fields. Others fail alone."""
 
     cost_feature: Literal["padded", "total"] = "padded"
     """What the time of a batch grows with: the sizes after padding to the longest, or their sum without padding."""
@@ -74,6 +74,14 @@ class InferencePipeline:
     More than one pays where one batch leaves a part of the device idle. Read when a worker is made. With more than one,
     two batches may be in the same stage.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raise `TypeError` for a class whose `input_model` or `output_model` is of another kind."""
+        super().__init_subclass__(**options)
+        for name, base in (("input_model", BaseModel), ("output_model", InferenceOutputModel)):
+            model = getattr(cls, name)
+            if not (inspect.isclass(model) and issubclass(model, base)):
+                raise TypeError(f"{cls.__name__}.{name} must be a subclass of {base.__name__}, it is {model!r}")
 
     def __new__(cls, *_args: Any, **_options: Any) -> Self:
         """Make an instance that has the attributes of the constructor before it is called, or where it is not.

@@ -119,7 +119,7 @@ class PipelineOutputError(ServiceError):
     def __init__(self, output: object, output_model: type[InferenceOutputModel], reason: str = "") -> None:
         super().__init__(
             f"the pipeline returned {describe_value(output)} for an item, where its output_model is "
-            f"{output_model.__name__}{f' ({reason})' if reason else ''}; return one for each item"
+            f"{output_model.__name__}{f' ({reason})' if reason else ''}; return an instance of it for each item"
         )
 
 

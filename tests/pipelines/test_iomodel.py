@@ -68,6 +68,15 @@ def test_a_pipeline_without_its_stages_cannot_be_made() -> None:
         InferencePipeline("a", "b", {})
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "base"),
+    [("input_model", dict, "BaseModel"), ("input_model", "a:Text", "BaseModel"), ("output_model", Request, "Infer")],
+)
+def test_a_model_of_the_wrong_kind_is_refused_with_its_class(name: str, model: object, base: str) -> None:
+    with pytest.raises(TypeError, match=rf"Wrong\.{name} must be a subclass of {base}.*, it is .*{model}"):
+        type("Wrong", (InferencePipeline,), {name: model})
+
+
 def test_a_pipeline_with_run_inference_needs_no_stages() -> None:
     class OneStep(InferencePipeline):
         def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:

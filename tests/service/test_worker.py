@@ -133,6 +133,7 @@ async def test_outputs_that_are_no_models_fail_their_items_alone(
     first, second = await worker.predict_many([Text(text="a"), Text(text="bb")])
     assert isinstance(first, Failure)
     assert isinstance(first.error, PipelineOutputError)
+    assert "its output_model is Length; return an instance of it for each item" in str(first.error)
     assert second == Success(Length(length=2))
 
 
