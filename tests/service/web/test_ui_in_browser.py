@@ -100,6 +100,26 @@ async def test_a_request_of_the_playground_is_answered_and_its_batch_is_shown_li
         await expect(page.locator("#connection")).to_have_text("Live")
 
 
+async def test_a_model_that_is_not_ready_is_named_beside_others_that_are(browser: Browser) -> None:
+    entries = {
+        "good": {"pipeline": "tests.support.length_model:LengthPipeline"},
+        "bad": {"pipeline": f"{__name__}:Unloadable"},
+    }
+    settings = Settings(
+        app_settings={"async_config": {"store": "memory"}, "batch_config": {"calibration": {"enabled": False}}},
+        model_settings={"model_entries": entries},
+    )
+    async with LocalGateway(settings) as gateway, opened(browser, gateway, **PHONE) as (page, _):
+        await gateway.wait_until_settled()
+        await page.goto("/#live")
+        await expect(page.locator("#connection")).to_have_text("Live · bad failed")
+
+
+class Unloadable(LengthPipeline):
+    def __init__(self) -> None:
+        raise FileNotFoundError("weights.bin")
+
+
 class Cat(BaseModel):
     kind: Literal["cat"]
     lives: int = Field(ge=1)

@@ -91,9 +91,10 @@ function notice(text) {
 function take(sample) {
   last = sample;
   for (const [name, model] of Object.entries(sample.models)) historyOf(name).add(sample.at, model);
-  const states = Object.values(sample.models).map((model) => model.readiness);
-  const other = states.find((state) => state !== "ready");
-  tell(other ? "warning" : "good", other ? `Live · ${other}` : "Live");
+  const models = Object.entries(sample.models);
+  const [name, other] = models.find(([, model]) => model.readiness !== "ready") ?? [];
+  const whose = models.length > 1 ? `${name} ` : "";
+  tell(other ? "warning" : "good", other ? `Live · ${whose}${other.readiness}` : "Live");
   draw();
 }
 
