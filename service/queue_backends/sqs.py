@@ -177,8 +177,13 @@ class SQSBackend(ConnectedBackend):
         try:
             answer = await client.get_queue_url(QueueName=queue_name)
         except Exception as error:
-            if not (self._create_missing_queues and aws_answer(error)[0] in _QUEUE_IS_MISSING):
+            if aws_answer(error)[0] not in _QUEUE_IS_MISSING:
                 raise
+            if not self._create_missing_queues:
+                raise QueueBackendError(
+                    f"queue {queue_name!r} does not exist: create it, or set "
+                    "app_settings.queue_config.sqs.create_missing_queues"
+                ) from error
             attributes = {"FifoQueue": "true"} if queue_name.endswith(".fifo") else {}
             answer = await client.create_queue(QueueName=queue_name, Attributes=attributes)
         self._queue_urls[queue_name] = answer["QueueUrl"]
