@@ -377,6 +377,8 @@ def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool
         findings = error.errors(include_url=False)
         if findings[0]["type"] == "json_invalid":
             reason = f"{findings[0]['ctx']['error']}; correct it there"
+            if what == "line":
+                reason = reason.replace(" at line 1 column", " at column")  # a line is one of many
             if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 reason = "it begins with a byte order mark; send UTF-8 without one"
             raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {reason}") from error

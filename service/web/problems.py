@@ -142,6 +142,9 @@ KNOWN_ERRORS: tuple[type[Exception], ...] = (ProblemError, *_STATUS_OF)
 def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> ProblemError:
     """The problem of a request in which pydantic found errors (`ValidationError.errors`); for `model`, its model."""
     errors = field_errors(findings, model)
+    for error in errors:
+        if error["field"] == "model_name" and error["message"].startswith("unknown field"):
+            error["message"] = "unknown field; name the model in the query, as in ?model_name=NAME"
     return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors)
 
 

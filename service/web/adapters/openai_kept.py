@@ -344,7 +344,8 @@ def _request(line: Line, endpoint: str) -> _Request:
     except ValidationError as error:
         raise invalid(error.errors(include_url=False), _Request) from None
     except ValueError as error:
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"is not JSON: {error}; correct it there") from None
+        reason = str(error).replace(" at line 1 column", " at column")  # a line is one of many
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"is not JSON: {reason}; correct it there") from None
     check_keys(line.content, "line")
     if asked.url != endpoint:
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"url: must be that of the batch, {endpoint}")

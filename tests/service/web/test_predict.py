@@ -78,6 +78,7 @@ async def test_an_empty_list_is_answered_with_one(shared_client: httpx.AsyncClie
         ("/async/predict", b'{"text": "a"}', 422, "message: is missing: add it"),
         ("/async/predict", b'{"message": {"text": ""}}', 422, "message.text: "),
         ("/async/predict", b'{"message": {"text": "a"}, "queue": "ok"}', 422, "queue: unknown field"),
+        ("/async/predict", b'{"message": {"text": "a"}, "model_name": "b"}', 422, "query, as in ?model_name=NAME"),
         ("/async/predict", b'{"message": {"text": "a"}, "success_queue": "x"}', 422, "success_queue: queue 'x' is not"),
         ("/async/predict", b'{"message": {"text": "a"}, "success_queue": ""}', 422, "success_queue: "),
         (

@@ -68,7 +68,7 @@ async def test_each_line_of_a_stream_is_answered_with_a_line(client: httpx.Async
     lines = lines_of(answer)
     assert [line["line"] for line in lines] == [1, 3, 4, 5, 6]
     assert [line.get("status") for line in lines] == [None, "error", "error", "error", None]
-    assert lines[1]["error"].startswith("the line is not JSON: EOF")
+    assert lines[1]["error"].startswith("the line is not JSON: EOF while parsing an object at column 1;")
     assert lines[1].keys() == SubmittedLine.model_fields.keys() - {"job_id"}
     assert (await ended(client, lines[4]["job_id"]))["result"]["length"] == 5
 
