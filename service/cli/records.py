@@ -33,6 +33,7 @@ ITSELF = ""
 MAX_CELL_CHARACTERS = 16 * 2**20
 """Limit of a cell of CSV: the default of `request_config.max_item_bytes`."""
 ROWS_PER_READ = 1000
+SHOWN_KEYS = 10
 
 _TEXTS = ("string", "integer", "number", "boolean")
 """Types of a JSON schema that a text can be validated as."""
@@ -205,6 +206,10 @@ def read_records(
     the column of a CSV file (the key of a JSON object) that holds the text; without it, all columns that the model has
     fields for are taken, and all columns where `fields` is None. Raises `InputError`.
     """
+    if file_format is FileFormat.TXT and column is not None:
+        raise InputError(
+            f"lines of text have no column {column!r}: say --format csv or --format jsonl, or leave out --column"
+        )
     text_field = _text_field(fields)
     if file_format is FileFormat.CSV:
         yield from _csv_records(lines, fields, column)
@@ -218,12 +223,16 @@ def read_records(
         try:
             value = from_json(text)
         except ValueError as error:
-            yield Record(line, None, f"not JSON: {error}")
+            reason = str(error).replace(" at line 1 column", " at column")  # a line is one of many
+            yield Record(line, None, f"not JSON: {reason}")
             continue
         if isinstance(value, str):
             yield _record_of(line, {text_field: value})
         elif column is not None and isinstance(value, dict):
-            yield _record_of(line, {text_field: value[column]} if column in value else {}, value)
+            if column in value:
+                yield _record_of(line, {text_field: value[column]}, value)
+            else:
+                yield Record(line, None, f"has no key {column!r}; it has {[*value][:SHOWN_KEYS]}", value)
         else:
             yield Record(line, value, columns=value if isinstance(value, dict) else {})
 

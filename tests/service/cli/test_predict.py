@@ -109,6 +109,7 @@ def test_a_long_text_of_several_lines_is_one_cell_of_a_csv_file(modalkit: Modalk
         (("-i", "in.parquet"), "in.parquet is no Parquet file"),
         (("-i", "cut.jsonl.gz"), "cut.jsonl.gz is damaged"),
         (("-i", "-", "-f", "parquet"), "Parquet cannot be read from standard input"),
+        (("--column", "review"), "lines of text have no column 'review': say --format csv or --format jsonl, or leave"),
         (
             ("-i", "in.csv", "--column", "review", "-o", "out.xlsx"),
             "cannot write .xlsx files: results are JSON lines, CSV or Parquet; call the output out.jsonl, out.csv or",
@@ -289,7 +290,7 @@ def test_keys_of_a_jsonl_input_can_be_kept(modalkit: Modalkit, folder: Path) -> 
     first, second, third = results(done.stdout)
     assert [*first.items()][:3] == [("id", 7), ("body", "four"), ("x", None)]
     assert first["length"] == 4
-    assert (second["id"], second["status"]) == (8, "error")
+    assert (second["id"], second["error"]) == (8, "has no key 'body'; it has ['id']")
     assert (third["text"], third["length"]) == ("five!", 5)
 
 
