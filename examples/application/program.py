@@ -7,7 +7,7 @@ from modalkit import InferenceWorker, Priority, QueueFullError, Success
 
 
 async def main() -> None:
-    async with InferenceWorker(WordCount("words", ".", {})) as worker:
+    async with InferenceWorker(WordCount()) as worker:
         print(await worker.predict(Text(text="one two three"), timeout_s=5))
         try:
             outcomes = await worker.predict_many([{"text": "one"}, {"txt": "two"}], priority=Priority.BULK)

@@ -12,7 +12,7 @@ from modalkit.settings import Settings
 
 async def main() -> None:
     settings = Settings.load(sys.argv[1:])
-    async with InferenceWorker(SquareRoot("roots", ".", {}), settings=settings) as worker:
+    async with InferenceWorker(SquareRoot("roots"), settings=settings) as worker:
         for number in (9, -1):
             await worker.submit(
                 AsyncInputModel(message={"number": number}, success_queue="roots", failure_queue="errors")

@@ -31,7 +31,7 @@ class TableBackend:
 
 
 async def main() -> None:
-    async with InferenceWorker(SquareRoot("roots", ".", {}), queue_backend=TableBackend()) as worker:
+    async with InferenceWorker(SquareRoot(), queue_backend=TableBackend()) as worker:
         await worker.submit(AsyncInputModel(message={"number": 9}, success_queue="roots"))
 
 

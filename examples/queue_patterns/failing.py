@@ -24,7 +24,7 @@ class Unsteady:
 async def main() -> None:
     queues = InMemoryBackend()
     backend = Unsteady(queues)
-    async with InferenceWorker(SquareRoot("roots", ".", {}), queue_backend=backend) as worker:
+    async with InferenceWorker(SquareRoot(), queue_backend=backend) as worker:
         job_id = await worker.submit(AsyncInputModel(message={"number": 9}, success_queue="roots"))
         if job := await worker.job(job_id, wait_s=10):
             print(job.status, job.result, job.delivery)

@@ -10,7 +10,7 @@ from modalkit.task_queue import InMemoryBackend
 
 async def main() -> None:
     queues = InMemoryBackend()
-    async with InferenceWorker(SquareRoot("roots", ".", {}), queue_backend=queues) as worker:
+    async with InferenceWorker(SquareRoot(), queue_backend=queues) as worker:
         for number in (9, -1):
             await worker.submit(
                 AsyncInputModel(

@@ -8,7 +8,7 @@ from modalkit.iomodel import AsyncInputModel
 
 
 async def main() -> None:
-    async with InferenceWorker(SquareRoot("roots", ".", {})) as worker:
+    async with InferenceWorker(SquareRoot()) as worker:
         job_ids = [await worker.submit(AsyncInputModel(message={"number": number})) for number in (9, -1)]
         for job_id in job_ids:
             if job := await worker.job(job_id, wait_s=10):

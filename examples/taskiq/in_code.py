@@ -13,7 +13,7 @@ from modalkit.task_queue import TaskIQBackend
 
 async def main() -> None:
     backend = TaskIQBackend(os.environ.get("REDIS_URL", "redis://localhost:6379"))
-    async with InferenceWorker(WordCount("words", ".", {}), queue_backend=backend) as worker:
+    async with InferenceWorker(WordCount(), queue_backend=backend) as worker:
         for text in sys.argv[1:]:
             await worker.submit(AsyncInputModel(message={"text": text}, success_queue="word_counts"))
     await backend.aclose()
