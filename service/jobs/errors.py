@@ -25,8 +25,8 @@ class IdempotencyKeyReusedError(JobStoreError):
 
     def __init__(self, key: str, job_id: str) -> None:
         super().__init__(
-            f"idempotency_key {key!r} belongs to job {job_id}, which asked for something else; give every request a "
-            "key of its own, and only its repetitions the same"
+            f"idempotency_key {key!r} belongs to job {job_id}, which asked for something else (model, message, queues, "
+            "meta or batch); give every request a key of its own, and only its repetitions the same"
         )
         self.key = key
         self.job_id = job_id

@@ -52,7 +52,7 @@ TOO_MANY_DELIVERY_CRASHES = (
     "replay it once the queue backend no longer ends the process"
 )
 
-_REQUEST_FIELDS = ("model_name", "message_json", "success_queue", "failure_queue", "meta_json")
+_REQUEST_FIELDS = ("model_name", "message_json", "success_queue", "failure_queue", "meta_json", "batch_id")
 _NAME_FIELDS = ("job_id", "model_name", "success_queue", "failure_queue", "idempotency_key")
 
 

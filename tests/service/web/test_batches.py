@@ -88,6 +88,18 @@ async def test_lines_that_are_sent_again_become_no_second_job(client: httpx.Asyn
     assert [line["line"] for line in await results(client)] == [1, 2, 3, 4]
 
 
+async def test_a_job_whose_key_belongs_to_a_job_of_no_or_another_batch_is_refused(client: httpx.AsyncClient) -> None:
+    """It would be no line of this batch, whose results would lack it."""
+    single = job("a", idempotency_key="single")
+    assert (await client.post("/async/predict", json=single)).status_code == 202
+    in_batch = [single, job("b", idempotency_key="in b")]
+    refused, accepted = (await client.post("/async/predict?batch_id=b", json=in_batch)).json()
+    assert "which asked for something else" in refused["error"]
+    assert (await client.post("/async/predict?batch_id=c", json=in_batch[1])).status_code == 422
+    assert [line["job_id"] for line in await results(client)] == [accepted["job_id"]]
+    assert (await client.post("/async/predict?batch_id=b", json=in_batch)).json()[1] == accepted
+
+
 async def test_results_wait_for_their_line_or_come_as_jobs_end(gated: tuple[httpx.AsyncClient, LengthPipeline]) -> None:
     client, pipeline = gated
     await submit(client, ["a", "bb"])
