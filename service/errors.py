@@ -179,10 +179,11 @@ class NotAvailableError(ServiceError):
 class OutputNotJsonError(ServiceError):
     """Raised for an output that JSON cannot hold: with bytes, an object of any class, or half of a surrogate pair."""
 
-    def __init__(self, reason: Exception) -> None:
+    def __init__(self, reason: Exception, fields: Sequence[str] = ()) -> None:
+        where = f"{', '.join(fields)}: " if fields else ""
         super().__init__(
-            f"the pipeline's output is no JSON ({describe_error(reason)}); return values that JSON has: texts, "
-            "numbers, lists and dictionaries"
+            f"the pipeline's output is no JSON ({where}{describe_error(reason)}); return values that JSON has: texts, "
+            "numbers, lists and dictionaries; bytes as base64"
         )
 
 

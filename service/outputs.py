@@ -37,7 +37,7 @@ def output_json(output: InferenceOutputModel) -> bytes:
         return with_nulls(_written(output))
     except BaseException as error:
         # A model's own serializers may raise anything.
-        raise OutputNotJsonError(users_error(error)) from error
+        raise _not_json(users_error(error), output) from error
 
 
 def part_json(part: object) -> bytes:
@@ -62,7 +62,25 @@ def _or_error(function: Callable[[T], bytes], value: T) -> bytes | OutputNotJson
     try:
         return function(value)
     except BaseException as error:  # noqa: BLE001  # a model's own serializers may raise anything
-        return OutputNotJsonError(users_error(error))
+        return _not_json(users_error(error), value)
+
+
+def _not_json(reason: Exception, output: object) -> OutputNotJsonError:
+    """The error of an output, or of its JSON, with the fields that cannot be written, unless none can."""
+    if not isinstance(output, BaseModel):
+        return OutputNotJsonError(reason)
+    names = [*vars(output), *(getattr(output, "__pydantic_extra__", None) or ())]
+    wrong = [name for name in names if not _can_be_json(output, name)]
+    return OutputNotJsonError(reason, wrong if len(wrong) < len(names) else ())
+
+
+def _can_be_json(output: BaseModel, name: str) -> bool:
+    try:
+        output.__pydantic_serializer__.to_json(output, include={name}, fallback=plain_value)
+    except BaseException as error:  # noqa: BLE001  # a model's own serializers may raise anything
+        users_error(error)
+        return False
+    return True
 
 
 def _written(output: InferenceOutputModel) -> bytes:

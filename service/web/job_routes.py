@@ -32,7 +32,7 @@ CANNOT_REPLAY = (
     "the engine that runs the jobs cannot send a result once more: it stays in GET /jobs/{job_id}; submit the job again"
 )
 
-CANNOT_RETRY = "jobs run once more that are failed, expired or cancelled, and whose message is not about to be sent"
+CANNOT_RETRY = "only a failed, expired or cancelled job runs once more, and not while its message is to be sent"
 
 EVENTS: dict[str, Any] = {
     "response_class": EventStream,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ConfigDict, field_serializer
+from pydantic import ConfigDict, field_serializer, model_serializer
 
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import (
@@ -45,8 +45,18 @@ def test_numbers_that_json_does_not_have_are_null() -> None:
 @pytest.mark.parametrize("value", ["\ud800", b"\xff", object(), {"deep": [object()]}])
 def test_what_is_no_json_is_an_error_with_a_remedy(value: Any) -> None:
     output = InferenceOutputModel.model_validate({"score": value})
-    with pytest.raises(OutputNotJsonError, match=r"is no JSON \(.*texts, numbers, lists"):
+    with pytest.raises(OutputNotJsonError, match=r"is no JSON \(score: .*texts, numbers, lists"):
         output_json(output)
+
+
+def test_a_serializer_that_raises_for_the_whole_output_blames_no_field() -> None:
+    class Raising(InferenceOutputModel):
+        @model_serializer
+        def write(self) -> None:
+            raise ValueError("never")
+
+    with pytest.raises(OutputNotJsonError, match=r"is no JSON \(PydanticSerializationError.*never"):
+        output_json(Raising())
 
 
 def test_each_of_many_outputs_is_written_as_it_is_alone() -> None:
