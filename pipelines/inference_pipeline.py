@@ -207,6 +207,9 @@ class InferencePipeline:
         The worker awaits what it returns, if that is an awaitable: it may be an ``async def``.
         """
         if items := self.sample_items(1, 1):
+            if not isinstance(items[0], BaseModel):
+                kind = type(items[0]).__name__
+                raise TypeError(f"sample_items must return instances of {self.input_model.__name__}, not of {kind}")
             outputs = self.run_inference(items)
             return outputs if inspect.isawaitable(outputs) else None
         return None

@@ -148,6 +148,20 @@ def test_a_subclass_may_declare_such_a_field() -> None:
     assert (item.copy, getattr(item, "json", None)) == (3, 4)
 
 
+def test_sample_items_that_are_no_models_are_refused_with_the_class_they_should_be_of() -> None:
+    class Dictionaries(InferencePipeline):
+        input_model = Request
+
+        def sample_items(self, n: int, size: int) -> list[BaseModel]:
+            return [{"text": "x" * size}] * n  # type: ignore[list-item]  # a mistake of users
+
+        def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+            return [InferenceOutputModel()] * len(input_list)
+
+    with pytest.raises(TypeError, match="sample_items must return instances of Request, not of dict"):
+        Dictionaries().warm_up()
+
+
 def test_transient_errors_in_a_list_are_refused_before_one_of_them_is_raised() -> None:
     class Listed(InferencePipeline):
         retryable_errors = [ConnectionError]  # type: ignore[assignment]  # noqa: RUF012  # a mistake of users
