@@ -25,7 +25,7 @@ from tests.support.length_model import POISON, LengthPipeline
 pytestmark = pytest.mark.anyio
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
+PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,11 @@ async def test_a_request_of_the_playground_is_answered_and_its_batch_is_shown_li
 
 
 async def test_a_model_that_is_not_ready_is_named_beside_others_that_are(browser: Browser) -> None:
+    """However long its name is, also on a phone."""
+    name = "a-model-with-a-name-that-is-wider-than-the-screen-of-a-phone"
     entries = {
         "good": {"pipeline": "tests.support.length_model:LengthPipeline"},
-        "bad": {"pipeline": f"{__name__}:Unloadable"},
+        name: {"pipeline": f"{__name__}:Unloadable"},
     }
     settings = Settings(
         app_settings={"async_config": {"store": "memory"}, "batch_config": {"calibration": {"enabled": False}}},
@@ -112,7 +114,8 @@ async def test_a_model_that_is_not_ready_is_named_beside_others_that_are(browser
     async with LocalGateway(settings) as gateway, opened(browser, gateway, **PHONE) as (page, _):
         await gateway.wait_until_settled()
         await page.goto("/#live")
-        await expect(page.locator("#connection")).to_have_text("Live · bad failed")
+        await expect(page.locator("#connection")).to_have_text(f"Live · {name} failed")
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 class Unloadable(LengthPipeline):
