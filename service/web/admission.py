@@ -158,29 +158,38 @@ class Reception:
                 **{"Retry-After": "1"},
             )
 
+    def check_answer(self, size_bytes: int) -> None:
+        """Raise `ProblemError` where all requests together would hold too much, with an answer of so many bytes too.
+
+        A lone answer may be larger.
+        """
+        if self._admission.held_bytes > self._held_bytes:
+            Reception(self._admission).check_room(size_bytes)
+
     def answer(self, size_bytes: int, *, may_be_refused: bool = True) -> AbstractContextManager[None]:
         """Hold so many bytes of the answer too while the context is open, which is until the client has taken them.
 
-        Entering it raises `ProblemError` where all requests together would hold too much; a lone answer may be larger.
+        Entering it raises what `check_answer` does, unless the request has changed something: then its answer is not
+        to be refused.
         """
         return nullcontext() if size_bytes <= FREE_BYTES else self._hold_answer(size_bytes, may_be_refused)
 
     @contextmanager
     def _hold_answer(self, size_bytes: int, may_be_refused: bool) -> Generator[None]:
+        if may_be_refused:
+            self.check_answer(size_bytes)
         with Reception(self._admission) as held:
-            if may_be_refused and self._admission.held_bytes > self._held_bytes:
-                held.check_room(size_bytes)
             held.hold(size_bytes)
             yield
 
-    async def write(self, size_bytes: int, make: Callable[[], bytes]) -> bytes:
+    async def write(self, size_bytes: int, make: Callable[[], bytes], *, may_be_refused: bool = True) -> bytes:
         """What `make` returns, which takes long where it has many bytes, about `size_bytes`.
 
         Such answers, and parts of large bodies, are made one in each pass of the event loop. Raises as `answer` does.
         """
         if size_bytes <= FREE_BYTES:
             return make()
-        with self.answer(size_bytes):
+        with self.answer(size_bytes, may_be_refused=may_be_refused):
             async with self._admission.turn:
                 return make()
 

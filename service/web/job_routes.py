@@ -70,13 +70,17 @@ def make_job_router(jobs: Jobs, admission: Admission) -> APIRouter:
     router = APIRouter(tags=["jobs"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
     administration = partial(administration_of, jobs)
 
-    async def check_owner(request: Request, job_id: str) -> None:
-        """Raise `ProblemError` for a job of another key, as for one that does not exist."""
-        caller = caller_of(request)
-        if not caller.sees_all_jobs:
-            job = await jobs.get(job_id)
-            if job is None or not caller.sees(job):
-                raise UnknownJobError(job_id)
+    async def visible(request: Request, job_id: str) -> Job:
+        """The job. Raises `UnknownJobError` for one of another key, as for one that does not exist."""
+        job = await jobs.get(job_id)
+        return _found(job_id, job if job is not None and caller_of(request).sees(job) else None)
+
+    async def check(request: Request, job_id: str) -> None:
+        """Raise what `visible` does, and `ProblemError` where there is no room for an answer, before anything is done.
+
+        The answer after it is not refused: its client would not know what was done.
+        """
+        reception_of(request.scope).check_answer((await visible(request, job_id)).size_bytes)
 
     @router.get("/jobs", summary="List jobs, the newest first", response_model=JobPageView)
     async def list_jobs(
@@ -147,10 +151,8 @@ def make_job_router(jobs: Jobs, admission: Admission) -> APIRouter:
         return await watch(request, [job_id], last_event_id)
 
     async def watch(request: Request, job_ids: list[str], last_event_id: str | None) -> Response:
-        caller = caller_of(request)
         for job_id in job_ids:
-            job = await jobs.get(job_id)
-            _found(job_id, job if job is not None and caller.sees(job) else None)
+            await visible(request, job_id)
         events = JobEvents(jobs, job_ids, last_event_id, reception_of(request.scope))
         if events.are_all_seen:
             return Response(status_code=HTTPStatus.NO_CONTENT)  # so that a browser does not connect again
@@ -158,8 +160,8 @@ def make_job_router(jobs: Jobs, admission: Admission) -> APIRouter:
 
     @router.get(JOB_PATH, summary="What became of a job", response_model=JobDetails)
     async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> Response:
-        if wait:
-            await check_owner(request, job_id)
+        if wait and not caller_of(request).sees_all_jobs:
+            await visible(request, job_id)
         job = await while_connected(request, jobs.get(job_id, wait))
         return await _details(request, job_id, job if job is not None and caller_of(request).sees(job) else None)
 
@@ -170,30 +172,32 @@ def make_job_router(jobs: Jobs, admission: Admission) -> APIRouter:
         description="A job that has ended stays as it is. The `status` of the answer says whether it was cancelled.",
     )
     async def cancel_job(request: Request, job_id: JobId) -> Response:
-        await check_owner(request, job_id)
-        return await _details(request, job_id, await jobs.cancel(job_id))
+        await check(request, job_id)
+        return await _details(request, job_id, await jobs.cancel(job_id), may_be_refused=False)
 
     @router.post("/jobs/{job_id}/replay", summary="Send an undelivered result once more", response_model=JobDetails)
     async def replay_job(request: Request, job_id: JobId) -> Response:
-        await check_owner(request, job_id)
-        replayed = await administration(CANNOT_REPLAY).replay([job_id])
+        manager = administration(CANNOT_REPLAY)
+        await check(request, job_id)
+        replayed = await manager.replay([job_id])
         job = await jobs.get(job_id)
         if job is not None and not replayed:
             raise ProblemError(
                 HTTPStatus.CONFLICT,
                 f"the delivery of job {job_id} is {job.delivery}; only an undelivered result can be sent once more",
             )
-        return await _details(request, job_id, job)
+        return await _details(request, job_id, job, may_be_refused=False)
 
     @router.post("/jobs/{job_id}/retry", summary="Run a job that failed once more", response_model=JobDetails)
     async def retry_job(request: Request, job_id: JobId) -> Response:
-        await check_owner(request, job_id)
-        retried = await administration(CANNOT_LIST).retry([job_id])
+        manager = administration(CANNOT_LIST)
+        await check(request, job_id)
+        retried = await manager.retry([job_id])
         job = await jobs.get(job_id)
         if job is not None and not retried:
             state = f"{job.status}, and its delivery {job.delivery}"
             raise ProblemError(HTTPStatus.CONFLICT, f"job {job_id} is {state}; {CANNOT_RETRY}")
-        return await _details(request, job_id, job)
+        return await _details(request, job_id, job, may_be_refused=False)
 
     return router
 
@@ -213,11 +217,11 @@ async def refuse_unknown_query(request: Request) -> None:
     check_query(request, annotations, [name for name, kind in annotations.items() if get_origin(kind) is list])
 
 
-async def _details(request: Request, job_id: str, job: Job | None) -> Response:
-    found = _found(job_id, job)
-    return DirectResponse(
-        await reception_of(request.scope).write(found.size_bytes, partial(job_json, found, JobDetails))
-    )
+async def _details(request: Request, job_id: str, job: Job | None, *, may_be_refused: bool = True) -> Response:
+    found, reception = _found(job_id, job), reception_of(request.scope)
+    make = partial(job_json, found, JobDetails)
+    content = await reception.write(found.size_bytes, make, may_be_refused=may_be_refused)
+    return DirectResponse(content, may_be_refused=may_be_refused)
 
 
 def _found(job_id: str, job: Job | None) -> Job:

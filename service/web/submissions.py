@@ -63,7 +63,7 @@ class Submitter:
             jobs = await self._parser.jobs(body)
             self._caller.take_items(len(jobs))
             answers = await self._admission.map(partial(map, _answer), await self._submit(jobs))
-            return DirectResponse(to_json(answers), HTTPStatus.ACCEPTED)
+            return DirectResponse(to_json(answers), HTTPStatus.ACCEPTED, may_be_refused=False)
         job = self._parser.job(body)
         if len(body) > FREE_BYTES:
             await checkpoint()  # others have their turn before it is written

@@ -6,13 +6,13 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import anyio
 import httpx
 import pytest
 from anyio import to_thread
+from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -33,7 +33,7 @@ from modalkit.service.web.events import EventStream
 from modalkit.service.web.problems import TYPE_PREFIX, ProblemError, error_json, error_response
 from tests.support.http_client import assert_problem, job
 from tests.support.http_server import serving
-from tests.support.length_model import LengthPipeline, Text
+from tests.support.length_model import REJECTED, LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio
 
@@ -294,12 +294,39 @@ async def test_answers_that_no_client_takes_hold_a_bounded_number_of_bytes(
         for large in (make(content), EventStream(events(content))):
             start, body = await ask(large)
             assert (start["status"], json.loads(body["body"])["type"]) == (503, f"{TYPE_PREFIX}service-unavailable")
-        assert (await ask(DirectResponse(content, HTTPStatus.ACCEPTED)))[0]["status"] == 202
+        assert (await ask(DirectResponse(content, may_be_refused=False)))[0]["status"] == 200
         for small in (DirectResponse(b"1" * FREE_BYTES), EventStream(events(b"data: 1\n\n"))):
             assert (await ask(small))[0]["status"] == 200
         is_taken.set()
     assert admission.held_bytes == 0
     assert (await ask(make(content)))[0]["status"] == 200
+
+
+async def ask(app: FastAPI, path: str, method: str = "GET", wait: Callable[[], Any] = checkpoint) -> list[Message]:
+    """What an application answers to a client that awaits `wait` with each part of the answer."""
+    sent = list[Message]()
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if "body" in message:
+            await wait()
+
+    await app({"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}, receive, send)
+    return sent
+
+
+async def ask_slowly(app: FastAPI, path: str, is_taken: anyio.Event, task_status: TaskStatus[None]) -> None:
+    """Ask as a client that takes the answer once the event is set; started when the answer waits for it."""
+
+    async def wait() -> None:
+        task_status.started()
+        await is_taken.wait()
+
+    await ask(app, path, wait=wait)
 
 
 async def test_large_jobs_that_no_client_takes_hold_a_bounded_number_of_bytes(settings: Settings) -> None:
@@ -315,36 +342,65 @@ async def test_large_jobs_that_no_client_takes_hold_a_bounded_number_of_bytes(se
         for job_id in (large, small):
             await gateway.jobs.get(job_id, 30)
 
-        async def ask(path: str, *, waits: bool = False) -> list[Message]:
-            sent = list[Message]()
-
-            async def receive() -> Message:
-                await anyio.sleep_forever()
-                raise AssertionError
-
-            async def send(message: Message) -> None:
-                sent.append(message)
-                if waits and "body" in message:
-                    is_waiting.set()
-                    await is_taken.wait()
-
-            await app(
-                {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}, receive, send
-            )
-            return sent
-
         async with anyio.create_task_group() as task_group:
-            is_waiting = anyio.Event()
-            task_group.start_soon(partial(ask, f"/jobs/{large}", waits=True))
-            await is_waiting.wait()
-            assert [(await ask(f"/jobs/{job_id}"))[0]["status"] for job_id in (large, small)] == [503, 200]
-            told = b"".join(message.get("body", b"") for message in await ask(f"/jobs/{large}/events"))
+            await task_group.start(ask_slowly, app, f"/jobs/{large}", is_taken)
+            assert [(await ask(app, f"/jobs/{job_id}"))[0]["status"] for job_id in (large, small)] == [503, 200]
+            told = b"".join(message.get("body", b"") for message in await ask(app, f"/jobs/{large}/events"))
             assert b"event: error" in told
             assert b"request_config.max_pending_bytes" in told
             is_taken.set()
-        assert (await ask(f"/jobs/{large}"))[0]["status"] == 200
-        told = b"".join(message.get("body", b"") for message in await ask(f"/jobs/{large}/events"))
+        assert (await ask(app, f"/jobs/{large}"))[0]["status"] == 200
+        told = b"".join(message.get("body", b"") for message in await ask(app, f"/jobs/{large}/events"))
         assert b"event: result" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "path", "before", "after"),
+    [("a", "DELETE", "", "running", "cancelled"), (REJECTED, "POST", "/retry", "failed", "queued")],
+)
+async def test_a_change_of_a_large_job_is_refused_before_it_is_made_or_is_answered(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, text: str, method: str, path: str, before: str, after: str
+) -> None:
+    """Also where other answers fill the memory meanwhile: what was done is told."""
+    gateway, is_taken = LocalGateway(settings), anyio.Event()
+    async with gateway, anyio.create_task_group() as task_group:
+        await gateway.wait_until_ready()
+        worker, name = gateway.models["lengths"].worker, {"DELETE": "cancel", "POST": "retry"}[method]
+        assert worker is not None
+        assert isinstance(worker.pipeline, LengthPipeline)
+        app = create_app(gateway, limits=RequestConfig(max_pending_bytes=LARGE), owns_gateway=False)
+
+        async def submit(text: str) -> str:
+            job = AsyncInputModel(message={"text": text}, meta={"a": "x" * LARGE})
+            (outcome,) = await gateway.jobs.submit([job], model_name="lengths")
+            assert isinstance(outcome, Success)
+            return outcome.value
+
+        if before == "running":
+            worker.pipeline.gate.clear()
+        job_id, other_id = await submit(text), await submit("other")
+        if before == "failed":
+            await gateway.jobs.get(job_id, 30)
+        worker.pipeline.gate.clear()
+        change = getattr(gateway.jobs, name)
+
+        async def change_slowly(*args: Any) -> Any:
+            await task_group.start(ask_slowly, app, f"/jobs/{other_id}", is_taken)
+            return await change(*args)
+
+        async with anyio.create_task_group() as others:
+            is_taken_first = anyio.Event()
+            await others.start(ask_slowly, app, f"/jobs/{other_id}", is_taken_first)
+            assert (await ask(app, f"/jobs/{job_id}{path}", method))[0]["status"] == 503
+            job = await gateway.jobs.get(job_id)
+            assert job is not None
+            assert job.status == before
+            is_taken_first.set()
+        monkeypatch.setattr(gateway.jobs, name, change_slowly)
+        start, body = await ask(app, f"/jobs/{job_id}{path}", method)
+        assert (start["status"], json.loads(body["body"])["status"]) == (200, after)
+        is_taken.set()
+        worker.pipeline.gate.set()
 
 
 async def test_of_many_large_answers_one_is_made_in_a_pass_of_the_event_loop() -> None:
