@@ -2,13 +2,14 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import repeat
-from typing import Protocol, Self, Unpack
+from typing import Protocol, Self, TypeVarTuple, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
+from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
@@ -43,6 +44,8 @@ from modalkit.service.tracing import current_traceparent
 from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
+
+Ts = TypeVarTuple("Ts")
 
 EXPIRED_PER_CALL = 1000
 DOCUMENT_GRACE_S = 86_400.0
@@ -147,6 +150,7 @@ class JobManager(AsyncContextManagerMixin):
         """Held by the feed that runs a quarantined group, from before it is claimed until its ends are stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._watches: defaultdict[str, set[_Watch]] = defaultdict(set)
+        self._background: TaskGroup
         self.may_wait = True
         """Whether callers may wait for jobs to end: until `stop_waiting`."""
 
@@ -160,8 +164,13 @@ class JobManager(AsyncContextManagerMixin):
             await stack.enter_async_context(self._deliverer)
             background = await stack.enter_async_context(plain_task_group())
             stack.callback(background.cancel_scope.cancel)
+            self._background = background
             background.start_soon(self._sweep)
             yield self
+
+    def start_soon(self, function: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
+        """Run a function, which must raise nothing, beside the jobs; it is cancelled when the manager is left."""
+        self._background.start_soon(function, *args)
 
     async def _recover(self) -> None:
         recovery = await self.store.recover(self.clock())

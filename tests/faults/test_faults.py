@@ -1,6 +1,7 @@
 """Whatever dies, no accepted job is lost."""
 
 import json
+import time
 from pathlib import Path
 
 import httpx
@@ -44,3 +45,34 @@ def test_a_job_that_kills_its_process_fails_and_the_others_of_its_batch_succeed(
     assert killer["error"].startswith("the process died 3 times while this job ran alone")
     assert {job["status"] for job in by_text.values()} == {"succeeded"}, json.dumps(found)
     assert 'modalkit_jobs{status="failed"} 1.0' in metrics
+
+
+def test_a_batch_whose_requests_are_submitted_when_the_service_is_killed_is_whole_after_the_next_start(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "modalkit.yaml").write_text(DEADLY)
+    count = 10_000
+    lines = [
+        json.dumps({"custom_id": str(n), "method": "POST", "url": "/sync/predict", "body": {"text": f"innocent {n}"}})
+        for n in range(count)
+    ]
+    with KilledServer(tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        upload = {"file": "\n".join(lines).encode()}
+        file_id = client.post("/v1/files", files=upload, data={"purpose": "batch"}).json()["id"]
+        new = {"input_file_id": file_id, "endpoint": "/sync/predict", "completion_window": "24h"}
+        batch_id, jobs = client.post("/v1/batches", json=new).json()["id"], 0
+        while not jobs:
+            jobs = client.get(f"/batches/{batch_id}").json().get("jobs", 0)
+        server.kill()
+        assert jobs < count
+        server.start()
+        batch = {"status": "validating"}
+        while batch["status"] in ("validating", "in_progress"):
+            time.sleep(0.05)
+            batch = client.get(f"/v1/batches/{batch_id}").json()
+        content = client.get(f"/v1/files/{batch['output_file_id']}/content").text.splitlines()
+    assert (batch["status"], batch["request_counts"]) == (
+        "completed",
+        {"total": count, "completed": count, "failed": 0},
+    )
+    assert sorted(int(json.loads(line)["custom_id"]) for line in content) == list(range(count))

@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from modalkit.service.gateway import Gateway, Model, find_model
-from modalkit.service.web.adapters.openai_kept import BATCH, FILE, KeptBatches
+from modalkit.service.web.adapters.openai_kept import FILE, KeptBatches
 from modalkit.service.web.adapters.openai_shapes import (
     BatchList,
     BatchObject,
@@ -26,6 +26,7 @@ from modalkit.service.web.adapters.openai_shapes import (
     ModelList,
     NewBatch,
 )
+from modalkit.service.web.adapters.openai_submission import BATCH, Submissions
 from modalkit.service.web.admission import Admission, declared_bytes, reception_of
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
 from modalkit.service.web.auth import caller_of
@@ -84,18 +85,19 @@ def make_models_router(models: Mapping[str, Model]) -> APIRouter:
 
 def make_batches_router(gateway: Gateway, admission: Admission) -> APIRouter:
     """The routes over the jobs of `gateway`."""
+    limits = admission.limits
+    submissions = Submissions(gateway, admission, cache(partial(BodyParser, admission=admission)))
     router = APIRouter(
         tags=["OpenAI"],
         route_class=_Route,
         dependencies=[Depends(refuse_unknown_query)],
         responses=PROBLEM_ANSWERS,
+        lifespan=submissions.resumed,
     )
-
-    limits, parser_of = admission.limits, cache(partial(BodyParser, admission=admission))
 
     def kept(request: Request) -> KeptBatches:
         administration = administration_of(gateway.jobs, CANNOT_LIST)
-        return KeptBatches(administration, gateway, caller_of(request), limits, parser_of)
+        return KeptBatches(administration, gateway, caller_of(request), limits, submissions)
 
     uploading_bytes = 0
 

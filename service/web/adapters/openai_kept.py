@@ -4,23 +4,17 @@ A line of an input file names an endpoint of ours: ``/sync/predict``, whose body
 ``/v1/embeddings``, whose body has one text as `input`. Output files are made of the results when they are read.
 """
 
-import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 import anyio
-from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
 
-from modalkit.batching import Failure
-from modalkit.batching.errors import users_error
-from modalkit.pipelines import AsyncInputModel
-from modalkit.service.gateway import Gateway, Model, find_model
-from modalkit.service.jobs import JobBatchLines, JobBatchResult, JobStatus
+from modalkit.service.gateway import Gateway
+from modalkit.service.jobs import JobBatchResult, JobStatus
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.adapters.openai_shapes import (
@@ -31,41 +25,22 @@ from modalkit.service.web.adapters.openai_shapes import (
     NewBatch,
     RequestCounts,
 )
+from modalkit.service.web.adapters.openai_submission import (
+    BATCH,
+    EMBEDDINGS,
+    WINDOW_S,
+    BatchRecord,
+    Submissions,
+    check_room,
+    parts_of,
+)
 from modalkit.service.web.adapters.tasks import EMBEDDING
 from modalkit.service.web.auth import Caller
-from modalkit.service.web.bodies import BodyParser, check_keys
-from modalkit.service.web.lines import Line, lines_of
-from modalkit.service.web.problems import ProblemError, as_problem, invalid
+from modalkit.service.web.problems import ProblemError
 
 PART_BYTES = 2**20
-WINDOW_S = 86_400
-MAX_SHOWN_ERRORS = 100
-PREDICT, EMBEDDINGS = "/sync/predict", "/v1/embeddings"
-FILE, BATCH, OUTPUT, ERRORS = "file-", "batch_", "file-output-", "file-errors-"
+FILE, OUTPUT, ERRORS = "file-", "file-output-", "file-errors-"
 """The beginnings of ids. Those of output files end as the id of their batch does."""
-
-
-class _Record(BaseModel):
-    """What is stored of a batch, besides its jobs."""
-
-    new: NewBatch
-    created_at: int
-    total: int = 0
-    errors: list[BatchError] = []
-    refused: int = 0
-    """Requests that became no job; their lines of the error file are the other parts of the document."""
-    cancelled_at: int | None = None
-    ended: BatchObject | None = None
-    """The batch as it was when all its requests had ended; their jobs are removed before it."""
-
-
-class _Request(BaseModel):
-    """A line of an input file."""
-
-    custom_id: str
-    method: Literal["POST"] = "POST"
-    url: str
-    body: dict[str, Any]
 
 
 class KeptBatches:
@@ -77,19 +52,17 @@ class KeptBatches:
         gateway: Gateway,
         caller: Caller,
         limits: RequestConfig,
-        parser_of: Callable[[type[BaseModel]], BodyParser],
+        submissions: Submissions,
     ) -> None:
         self.documents, self.visible_owner = administration.documents, caller.visible_owner
-        self._batches, self._gateway, self._caller = administration.batches, gateway, caller
-        self._limits, self._parser_of = limits, parser_of
+        self._administration, self._batches = administration, administration.batches
+        self._gateway, self._caller = gateway, caller
+        self._limits, self._submissions = limits, submissions
         self._clock = administration.clock  # which removes documents
 
     async def check_room(self, more_bytes: int) -> None:
         """Raise `ProblemError` where the files would be larger in all than they may, with so many more bytes."""
-        if more_bytes + await self.documents.documents_bytes() > self._limits.max_stored_file_bytes:
-            detail = f"the stored files would exceed {self._limits.max_stored_file_bytes} bytes in all"
-            remedy = "remove files that are not needed, or raise request_config.max_stored_file_bytes"
-            raise ProblemError(HTTPStatus.INSUFFICIENT_STORAGE, f"{detail}: {remedy}")
+        await check_room(self.documents, self._limits, more_bytes)
 
     # Files.
 
@@ -138,6 +111,9 @@ class KeptBatches:
             detail = f"{file_id} is made of the results of a batch: remove these by DELETE /batches/{batch.id}"
             raise ProblemError(HTTPStatus.CONFLICT, detail)
         await self._read(FILE, file_id)
+        if (batch_id := self._submissions.batch_of_file(file_id)) is not None:
+            detail = f"{file_id} is still read: remove it once {batch_id} is no more `validating`"
+            raise ProblemError(HTTPStatus.CONFLICT, detail)
         await self.documents.remove_document(file_id)
 
     async def content(self, file_id: str) -> AsyncIterator[bytes]:
@@ -150,12 +126,8 @@ class KeptBatches:
         async for part in self._parts(file_id):
             yield part
 
-    async def _parts(self, document_id: str) -> AsyncIterator[bytes]:
-        """The parts of a document behind its description."""
-        number = 1
-        while content := await self.documents.document_part(document_id, number, self.visible_owner):
-            yield content
-            number += 1
+    def _parts(self, document_id: str) -> AsyncIterator[bytes]:
+        return parts_of(self.documents, document_id, self.visible_owner)
 
     async def _results(self, ending: str, *, failed: bool) -> AsyncIterator[bytes]:
         batch_id = BATCH + ending
@@ -170,47 +142,27 @@ class KeptBatches:
     # Batches.
 
     async def create(self, new: NewBatch) -> BatchObject:
-        """Submit the requests of a file. Where a line is no request, none is, and the batch has failed.
+        """Store a batch, and begin to submit the requests of its file.
 
-        Raises `ProblemError`, also where the caller is over its limit of items, or the errors over that of files.
+        Raises `ProblemError`, also where the caller is over its limit of items.
         """
         self._caller.take_items(0)
-        await self.check_file(new.input_file_id)
+        await self._read(FILE, new.input_file_id)
         if new.endpoint == EMBEDDINGS and not EMBEDDING.models_of(self._gateway.models):
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
         batch_id = f"{BATCH}{uuid.uuid4().hex}"
-        record = _Record(new=new, created_at=int(self._clock()))
-        with closing(sqlite3.connect("")) as seen:  # in a temporary file, because there may be millions
-            seen.execute("CREATE TABLE ids (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
-            async for lines in self._lines(new.input_file_id):
-                for line in lines:
-                    record.total += 1
-                    try:
-                        custom_id = _request(line, new.endpoint).custom_id
-                    except ProblemError as error:
-                        problem = error.detail
-                    else:
-                        if seen.execute("INSERT OR IGNORE INTO ids VALUES (?)", [custom_id]).rowcount:
-                            continue
-                        problem = f"custom_id {custom_id!r:.100} comes twice"
-                    if len(record.errors) < MAX_SHOWN_ERRORS:
-                        record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
-        if not record.total:
-            record.errors.append(BatchError(code="empty_file", line=1, message="the file has no requests"))
-        if not record.errors:
-            self._caller.take_items(record.total)
-            try:
-                record.refused = await self._submit_all(batch_id, new)
-            except BaseException:
-                with anyio.CancelScope(shield=True):  # else its jobs would run without a batch
-                    await self._batches.cancel(batch_id, self.visible_owner)
-                    await self.documents.remove_document(batch_id)
-                raise
+        record = BatchRecord(new=new, created_at=int(self._clock()), owner=self._caller.owner, left=None)
         await self._put(batch_id, to_json(record))
+        self._submissions.start(self._administration, batch_id, record, self._caller)
         return await self.batch(batch_id)
 
     async def batch(self, batch_id: str) -> BatchObject:
         """A batch as it is now. Raises `ProblemError`."""
+        # Before the jobs are counted: while some are left, it has not ended.
+        record = await self._record(batch_id)
+        has_left = record.left != 0
+        if has_left and not record.is_stopped:
+            self._submissions.start(self._administration, batch_id, record)
         # Before the record: a cancellation stores its time there first, so it is not overwritten below.
         batch = await self._batches.get(batch_id, self.visible_owner)
         record = await self._record(batch_id)
@@ -221,7 +173,7 @@ class KeptBatches:
             **record.new.model_dump(),
         )
         if record.errors:
-            failed_at = record.created_at
+            failed_at = record.failed_at or record.created_at
             return found.model_copy(
                 update={"status": "failed", "errors": BatchErrors(data=record.errors), "failed_at": failed_at}
             )
@@ -233,15 +185,19 @@ class KeptBatches:
             "cancelling_at": record.cancelled_at,
             "request_counts": RequestCounts(total=record.total, completed=completed, failed=failed),
         }
+        if has_left and record.cancelled_at is None:
+            return found.model_copy(update=changes | {"status": "validating"})
         if batch is not None and batch.active:
             changes["status"] = "in_progress" if record.cancelled_at is None else "cancelling"
             return found.model_copy(update=changes)
-        removed = max(0, record.total - record.refused - sum(counts.values()))
-        ended_at = record.created_at if batch is None or batch.finished_at is None else int(batch.finished_at)
+        removed = max(0, record.total - (record.left or 0) - record.refused - sum(counts.values()))
+        ended_at = record.cancelled_at or record.created_at
+        if batch is not None and batch.finished_at is not None:
+            ended_at = int(batch.finished_at)
         ending = batch_id.removeprefix(BATCH)
         changes["output_file_id"] = f"{OUTPUT}{ending}" if completed else None
         changes["error_file_id"] = f"{ERRORS}{ending}" if failed or counts.get(JobStatus.CANCELLED) else None
-        if counts.get(JobStatus.CANCELLED):
+        if counts.get(JobStatus.CANCELLED) or record.left != 0:
             changes |= {"status": "cancelled", "cancelled_at": ended_at}
         elif expired:
             changes |= {"status": "expired", "expired_at": ended_at}
@@ -260,69 +216,17 @@ class KeptBatches:
 
     async def cancel(self, batch_id: str) -> BatchObject:
         """Cancel what has not ended. Raises `ProblemError`."""
-        record = await self._record(batch_id)
-        if (await self.batch(batch_id)).status == "in_progress":
-            await self._put(batch_id, to_json(record.model_copy(update={"cancelled_at": int(self._clock())})))
+        if (await self.batch(batch_id)).status in ("validating", "in_progress", "cancelling"):
+            async with self._submissions.stopped(batch_id):
+                record = await self._record(batch_id)
+                if not record.is_stopped:
+                    record.cancelled_at = int(self._clock())
+                    await self._put(batch_id, to_json(record))
             await self._batches.cancel(batch_id, self.visible_owner)
         return await self.batch(batch_id)
 
-    async def _submit_all(self, batch_id: str, new: NewBatch) -> int:
-        """Submit the requests of a file; returns how many are refused, and keeps their lines of the error file."""
-        refused = parts = 0
-        async for lines in self._lines(new.input_file_id):
-            if errors := await self._submit(batch_id, lines, new.endpoint):
-                refused, parts = refused + len(errors), parts + 1
-                content = b"".join(to_json(error) + b"\n" for error in errors)
-                await self.check_room(len(content))
-                await self._put(batch_id, content, parts)
-        return refused
-
-    async def _submit(self, batch_id: str, lines: Sequence[Line], endpoint: str) -> list[dict[str, Any]]:
-        """Submit requests as jobs; returns what the error file says of those that are refused."""
-        jobs = dict[str, list[tuple[int, AsyncInputModel]]]()
-        errors = dict[str, Exception]()
-        names = dict[int, str]()
-        for line in lines:
-            asked = _request(line, endpoint)
-            names[line.number] = asked.custom_id
-            try:
-                model, message = self._item_of(asked)
-            except BaseException as error:  # noqa: BLE001  # the line's own; a user's validators may raise anything
-                errors[asked.custom_id] = users_error(error)
-                continue
-            job = AsyncInputModel(message=message, meta={"custom_id": asked.custom_id}, expires_in=WINDOW_S)
-            jobs.setdefault(model.name, []).append((line.number, job))
-        for model_name, chosen in jobs.items():
-            numbers = [number for number, _ in chosen]
-            requests = [job for _, job in chosen]
-            batch = JobBatchLines(batch_id, numbers)
-            outcomes = await self._gateway.jobs.submit(
-                requests, model_name=model_name, owner=self._caller.owner, batch=batch
-            )
-            for number, outcome in zip(numbers, outcomes, strict=True):
-                if isinstance(outcome, Failure):
-                    errors[names[number]] = outcome.error
-        return [_refused(custom_id, as_problem(error)) for custom_id, error in errors.items()]
-
-    def _item_of(self, asked: _Request) -> tuple[Model, BaseModel]:
-        """The model of a request, and its item. Raises `ProblemError` and `UnknownModelError`."""
-        item = dict(asked.body)
-        name = item.pop("model", None)
-        if name is not None and not isinstance(name, str):
-            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "model: must be the name of a model, a JSON string")
-        models = EMBEDDING.models_of(self._gateway.models) if asked.url == EMBEDDINGS else self._gateway.models
-        if asked.url == EMBEDDINGS:
-            if not isinstance(item.get("input"), str):
-                raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "input: must be one text; give each its own line")
-            item = {"text": item["input"]}
-        model = find_model(models, name)
-        return model, self._parser_of(model.input_model).item(to_json(item))
-
-    def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
-        return lines_of(self.content(file_id), self._limits.max_line_bytes)
-
-    async def _record(self, batch_id: str) -> _Record:
-        return _Record.model_validate_json(await self._read(BATCH, batch_id))
+    async def _record(self, batch_id: str) -> BatchRecord:
+        return BatchRecord.model_validate_json(await self._read(BATCH, batch_id))
 
     async def _read(self, beginning: str, document_id: str) -> bytes:
         if document_id.startswith(beginning):
@@ -333,29 +237,6 @@ class KeptBatches:
 
     async def _put(self, document_id: str, content: bytes, part: int = 0) -> None:
         await self.documents.put_document(document_id, part, self._caller.owner, content, self._clock())
-
-
-def _request(line: Line, endpoint: str) -> _Request:
-    """What a line asks for. Raises `ProblemError`."""
-    if isinstance(line.content, ProblemError):
-        raise line.content.with_traceback(None)  # many lines may share one error
-    try:
-        asked = _Request.model_validate(from_json(line.content))
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False), _Request) from None
-    except ValueError as error:
-        reason = str(error).replace(" at line 1 column", " at column")  # a line is one of many
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"is not JSON: {reason}; correct it there") from None
-    check_keys(line.content, "line")
-    if asked.url != endpoint:
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"url: must be that of the batch, {endpoint}")
-    return asked
-
-
-def _refused(custom_id: str, problem: ProblemError) -> dict[str, Any]:
-    body = {"error": {"message": problem.detail, "code": str(int(problem.status))}}
-    response = {"status_code": int(problem.status), "request_id": "", "body": body}
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
 
 
 def _answer(result: JobBatchResult, endpoint: str) -> dict[str, Any]:

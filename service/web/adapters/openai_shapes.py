@@ -80,7 +80,9 @@ class BatchObject(NewBatch):
 
     id: str
     object: Literal["batch"] = "batch"
-    status: Literal["failed", "in_progress", "completed", "expired", "cancelling", "cancelled"] = "in_progress"
+    status: Literal["validating", "failed", "in_progress", "completed", "expired", "cancelling", "cancelled"] = (
+        "in_progress"
+    )
     errors: BatchErrors | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None

@@ -3,7 +3,9 @@
 import itertools
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -11,11 +13,15 @@ import httpx
 import openai
 import pytest
 
-from modalkit.service.jobs import JobStore, JobStoreError
+from modalkit.service.errors import NotReadyError, Readiness
+from modalkit.service.jobs import JobStore, JobStoreError, SqliteJobStore
+from modalkit.service.jobs.errors import JobStoreFullError
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.adapters.openai_kept import _request
+from modalkit.service.web.adapters import openai_submission
+from modalkit.service.web.adapters.openai_submission import BATCH, read_request
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import LINES_AT_ONCE, Line
 from modalkit.service.web.problems import ProblemError
@@ -43,11 +49,19 @@ async def uploaded(client: openai.AsyncOpenAI, *lines: Any) -> str:
 
 async def ran(client: openai.AsyncOpenAI, file_id: str, endpoint: Any = "/sync/predict") -> Any:
     """The batch of a file, once it has ended."""
-    batch = await client.batches.create(
+    return await while_status(client, await created(client, file_id, endpoint), "validating", "in_progress")
+
+
+async def created(client: openai.AsyncOpenAI, file_id: str, endpoint: Any = "/sync/predict") -> Any:
+    return await client.batches.create(
         input_file_id=file_id, endpoint=endpoint, completion_window="24h", metadata={"of": "a test"}
     )
+
+
+async def while_status(client: openai.AsyncOpenAI, batch: Any, *statuses: str) -> Any:
+    """A batch, once it has another status than these."""
     with anyio.fail_after(60):
-        while batch.status in ("in_progress", "cancelling"):
+        while batch.status in statuses:
             await anyio.sleep(0.01)
             batch = await client.batches.retrieve(batch.id)
     return batch
@@ -187,7 +201,7 @@ async def test_a_batch_whose_requests_expired_says_when(client: httpx.AsyncClien
     worker.pipeline.gate.clear()
     async with client_of(client) as ask:
         file_id = await uploaded(ask, request("a", text="x", model="lengths"))
-        batch = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        batch = await while_status(ask, await created(ask, file_id), "validating")
         ended_at = batch.created_at + 90_000
         gateway.jobs.clock = lambda: float(ended_at)
         with anyio.fail_after(60):
@@ -206,7 +220,7 @@ async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGat
     worker.pipeline.gate.clear()
     async with client_of(client) as ask:
         file_id = await uploaded(ask, *[request(str(n), text="x", model="lengths") for n in range(40)])
-        batch = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        batch = await while_status(ask, await created(ask, file_id), "validating")
         assert batch.status == "in_progress"
         assert (await ask.batches.cancel(batch.id)).status == "cancelled"
         worker.pipeline.gate.set()
@@ -230,7 +244,7 @@ async def test_a_batch_that_is_asked_for_while_it_is_cancelled_keeps_the_time_of
     worker.pipeline.gate.clear()
     async with client_of(client) as ask:
         file_id = await uploaded(ask, request("a", text="x", model="lengths"))
-        batch = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        batch = await while_status(ask, await created(ask, file_id), "validating")
         monkeypatch.setattr(JobStore, "batch", count_after_the_cancellation)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(ask.batches.retrieve, batch.id)
@@ -257,11 +271,166 @@ async def test_a_batch_that_cannot_be_submitted_whole_runs_nothing(
     monkeypatch.setattr(gateway.jobs, "submit", submit_once)
     async with client_of(client) as ask:
         lines = [request(str(n), text="x", model="lengths") for n in range(2 * LINES_AT_ONCE)]
-        with pytest.raises(openai.InternalServerError):
-            await ran(ask, await uploaded(ask, *lines))
-        assert (await ask.batches.list()).data == []
+        batch = await ran(ask, await uploaded(ask, *lines))
+        assert (batch.status, [error.message for error in batch.errors.data]) == ("failed", ["full"])
+        with anyio.fail_after(60):  # its requests are cancelled behind its end
+            while (await client.get(f"/batches/{batch.id}")).json()["statuses"]["cancelled"] < LINES_AT_ONCE:
+                await anyio.sleep(0.01)
     worker.pipeline.gate.set()
     assert {job["status"] for job in (await client.get("/jobs?limit=1000")).json()["jobs"]} == {"cancelled"}
+
+
+@pytest.fixture
+def second_step(monkeypatch: pytest.MonkeyPatch) -> tuple[anyio.Event, anyio.Event]:
+    """An event that is set when the second step of a batch is submitted, which waits for the other event."""
+    submit, calls = JobManager.submit, itertools.count(1)
+    has_begun, may_go_on = anyio.Event(), anyio.Event()
+
+    async def submit_second_later(*args: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            has_begun.set()
+            await may_go_on.wait()
+        return await submit(*args, **options)
+
+    monkeypatch.setattr(JobManager, "submit", submit_second_later)
+    return has_begun, may_go_on
+
+
+def steps(count: int) -> list[dict[str, Any]]:
+    return [request(str(n), text="x", model="lengths") for n in range(count * LINES_AT_ONCE)]
+
+
+async def test_a_batch_is_there_before_its_requests_are_submitted_and_its_file_stays_until_then(
+    client: httpx.AsyncClient, second_step: tuple[anyio.Event, anyio.Event]
+) -> None:
+    has_begun, may_go_on = second_step
+    async with client_of(client) as ask:
+        batch = await created(ask, file_id := await uploaded(ask, *steps(2)))
+        await has_begun.wait()
+        batch = await ask.batches.retrieve(batch.id)
+        assert (batch.status, batch.request_counts.total, batch.output_file_id) == ("validating", 1024, None)
+        with pytest.raises(openai.ConflictError, match=f"remove it once {batch.id} is no more `validating`"):
+            await ask.files.delete(file_id)
+        may_go_on.set()
+        batch = await while_status(ask, batch, "validating", "in_progress")
+        assert (batch.status, batch.request_counts.completed) == ("completed", 1024)
+        await ask.files.delete(file_id)
+
+
+async def test_no_request_is_submitted_after_the_cancellation_of_its_batch(
+    client: httpx.AsyncClient, gateway: LocalGateway, second_step: tuple[anyio.Event, anyio.Event]
+) -> None:
+    worker = gateway.models["lengths"].worker
+    assert worker is not None
+    assert isinstance(worker.pipeline, LengthPipeline)
+    worker.pipeline.gate.clear()
+    has_begun, may_go_on = second_step
+    async with client_of(client) as ask:
+        file_id = await uploaded(ask, *steps(4))
+        batch = await created(ask, file_id)
+        await has_begun.wait()
+        batch = await ask.batches.cancel(batch.id)
+        assert (batch.status, batch.request_counts.total) == ("cancelled", 2048)
+        may_go_on.set()
+        await ask.files.delete(file_id)  # nothing reads it any more
+        assert len(await content_of(ask, batch.error_file_id)) == 512
+        worker.pipeline.gate.set()
+        assert (await client.get(f"/batches/{batch.id}")).json()["statuses"]["cancelled"] == 512
+
+
+async def test_what_a_process_left_of_a_batch_is_submitted_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had not noted its last step. Each request becomes one job, or is told in the error file, once."""
+    put, has_failed, puts = JobStore.put_document, anyio.Event(), itertools.count(1)
+
+    async def put_three_times(store: JobStore, document_id: str, part: int, *arguments: Any) -> None:
+        if document_id.startswith(BATCH) and not part and next(puts) > 3:  # new, checked, and after the first step
+            has_failed.set()
+            raise JobStoreError("the process dies")
+        await put(store, document_id, part, *arguments)
+
+    lines = steps(3)
+    for step in range(3):
+        lines[step * LINES_AT_ONCE] = request(f"refused {step}", text=7, model="lengths")
+    async with opened(tmp_path) as client, client_of(client) as ask:
+        file_id = await uploaded(ask, *lines)
+        with monkeypatch.context() as patched:
+            patched.setattr(JobStore, "put_document", put_three_times)
+            batch = await created(ask, file_id)
+            await has_failed.wait()
+            assert (await ask.batches.retrieve(batch.id)).status == "validating"
+    async with opened(tmp_path) as client, client_of(client) as ask:
+        batch = await while_status(ask, await ask.batches.retrieve(batch.id), "validating", "in_progress")
+        counts = batch.request_counts
+        assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 1536, 1533, 3)
+        errors = (await ask.files.content(batch.error_file_id)).text.splitlines()
+        assert [json.loads(line)["custom_id"] for line in errors] == ["refused 0", "refused 1", "refused 2"]
+        assert (await client.get(f"/batches/{batch.id}")).json()["jobs"] == 1533
+
+
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A service over the store in this folder."""
+    store = SqliteJobStore(folder / "jobs.db")
+    async with LocalGateway(make_settings(**ENTRIES), job_store=store) as gateway:
+        await gateway.wait_until_ready()
+        async with serving(create_app(gateway, owns_gateway=False)) as client:
+            yield client
+
+
+async def test_a_batch_waits_until_its_model_takes_jobs(
+    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, calls = gateway.jobs.submit, itertools.count()
+    monkeypatch.setattr(openai_submission, "backoff_with_jitter", lambda *_, **__: 0)
+
+    async def refuse_once(*args: Any, **options: Any) -> Any:
+        if not next(calls):
+            raise NotReadyError("lengths", Readiness.LOADING)
+        return await submit(*args, **options)
+
+    monkeypatch.setattr(gateway.jobs, "submit", refuse_once)
+    async with client_of(client) as ask:
+        batch = await ran(ask, await uploaded(ask, request("a", text="x", model="lengths")))
+        assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NotReadyError("lengths", Readiness.FAILED), "model 'lengths' takes no requests now: it is failed"),
+        (JobStoreFullError(9, 1, 9), "the job store holds 9 of at most 9 jobs"),
+        (KeyError("a bug"), "KeyError: 'a bug'"),
+    ],
+)
+async def test_a_batch_that_no_model_or_store_will_take_fails(
+    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(gateway.jobs, "submit", refuse)
+    async with client_of(client) as ask:
+        batch = await ran(ask, await uploaded(ask, request("a", text="x", model="lengths")))
+        (shown,) = batch.errors.data
+        assert (batch.status, shown.code) == ("failed", "not_submitted")
+        assert shown.message.startswith(told)
+
+
+async def test_a_batch_whose_file_was_removed_meanwhile_fails(
+    client: httpx.AsyncClient, gateway: LocalGateway, second_step: tuple[anyio.Event, anyio.Event]
+) -> None:
+    has_begun, may_go_on = second_step
+    async with client_of(client) as ask:
+        batch = await created(ask, file_id := await uploaded(ask, *steps(20)))
+        await has_begun.wait()
+        await gateway.jobs.administration.documents.remove_document(file_id)  # as too old
+        may_go_on.set()
+        batch = await while_status(ask, batch, "validating", "in_progress")
+        assert [error.message for error in batch.errors.data] == [
+            f"{file_id} was removed before all its requests were submitted"
+        ]
 
 
 async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Settings) -> None:
@@ -279,7 +448,7 @@ async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Sett
             with pytest.raises(openai.NotFoundError):
                 await ask
         with pytest.raises(openai.NotFoundError):
-            await blog.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # as above
+            await created(blog, file_id)
         assert (await blog.batches.list()).data == []
 
 
@@ -302,13 +471,14 @@ async def test_a_batch_whose_results_were_removed_keeps_its_counts(client: httpx
     async with client_of(client) as ask:
         file_id = await uploaded(ask, request("a", text="four", model="lengths"), request("c", text=7))
         seen = await ran(ask, file_id)
-        unseen = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        unseen = await created(ask, file_id)
         with anyio.fail_after(60):
-            while (await client.get(f"/batches/{unseen.id}")).json()["finished_at"] is None:
+            while (await client.get(f"/batches/{unseen.id}")).json().get("finished_at") is None:
                 await anyio.sleep(0.01)
         for batch in (seen, unseen):
             assert (await client.delete(f"/batches/{batch.id}")).json() == {"purged": 1}
-        seen, unseen = [await ask.batches.retrieve(batch.id) for batch in (seen, unseen)]
+        seen = await ask.batches.retrieve(seen.id)
+        unseen = await while_status(ask, unseen, "validating")
     counts = seen.request_counts
     assert counts is not None
     assert (counts.completed, counts.failed, seen.output_file_id) == (1, 1, None)
@@ -344,10 +514,10 @@ async def test_the_errors_of_refused_requests_count_as_files(gateway: LocalGatew
     limits = RequestConfig(max_stored_file_bytes=2000)
     async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client, client_of(client) as ask:
         file_id = await uploaded(ask, *[request(str(n), text=7) for n in range(10)])
-        stored = await gateway.jobs.administration.documents.documents_bytes()
-        new = {"input_file_id": file_id, "endpoint": "/sync/predict", "completion_window": "24h"}
-        assert_problem(await client.post("/v1/batches", json=new), 507)
-        assert await gateway.jobs.administration.documents.documents_bytes() == stored
+        batch = await ran(ask, file_id)
+        (error,) = batch.errors.data
+        assert (batch.status, error.code) == ("failed", "not_submitted")
+        assert "the stored files would exceed 2000 bytes in all" in error.message
 
 
 async def test_an_upload_that_ends_while_another_is_checked_counts(
@@ -458,5 +628,5 @@ def test_an_error_that_many_lines_share_does_not_grow() -> None:
     line = Line(1, ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the line is too large"))
     for _ in range(3):
         with pytest.raises(ProblemError) as raised:
-            _request(line, "/v1/embeddings")
+            read_request(line, "/v1/embeddings")
         assert len(raised.traceback) == 2
