@@ -6,6 +6,8 @@ They are parts of a transaction. Counts are those of the table, and are changed 
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
 
 from pydantic_core import from_json, to_json
 
@@ -16,20 +18,33 @@ from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, ROWS_PER_READ, condi
 Counts = Counter[JobStatus | DeliveryStatus]
 
 ROWS_PER_STEP = 1000
+BYTES_PER_STEP = 8 * 2**20
+"""Bytes of the jobs that are changed in one step, unless one has more. Of each job, SQLite writes everything once more,
+also a message that stays as it is.
+"""
 PARTS_PER_STEP = 4
 """Parts of documents, mostly of a MiB, that are removed in one step, which may write all their pages."""
 MAX_SEQUENCE = 2**63 - 1
+
+
+def rows_of_step(database: sqlite3.Connection, columns: str, chosen: str, values: Sequence[object]) -> list[list[Any]]:
+    """These columns of the chosen jobs, by their sequence numbers: of as many as one step may change."""
+    some, left_bytes = list[list[Any]](), BYTES_PER_STEP
+    with closing(database.execute(sql.SIZES.format(columns=columns, chosen=chosen), values)) as rows:
+        for size_bytes, *row in rows:  # one by one, because the sizes of large ones take long to read
+            some.append(row)
+            left_bytes -= size_bytes
+            if left_bytes <= 0:
+                break
+    return some
 
 
 def cancel_some(
     database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
 ) -> list[Job]:
     """Cancel queued and running jobs that match the condition; returns them as before, without their messages."""
-    rows = database.execute(
-        f"SELECT {PAGE_COLUMNS} FROM jobs WHERE status IN ('queued', 'running') AND {which} LIMIT ?",  # noqa: S608  # names of our own; values are bound
-        (*values, ROWS_PER_STEP),
-    )
-    jobs = [job_from_row(row) for row in rows.fetchall()]
+    chosen = f"SELECT seq FROM jobs WHERE status IN ('queued', 'running') AND {which} LIMIT ?"  # noqa: S608  # names of our own; values are bound
+    jobs = list(map(job_from_row, rows_of_step(database, PAGE_COLUMNS, chosen, (*values, ROWS_PER_STEP))))
     database.execute(sql.CANCEL, (microseconds(now), to_json([job.job_id for job in jobs]).decode()))
     counts.subtract(Counter(job.status for job in jobs))
     counts[JobStatus.CANCELLED] += len(jobs)
@@ -43,10 +58,8 @@ def retry_some(
 
     They have as long as at first until they expire. Returns the sequence number and the id of each.
     """
-    rows = database.execute(
-        f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # as above
-        (*values, ROWS_PER_STEP),
-    ).fetchall()
+    chosen = f"SELECT seq FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?"  # noqa: S608  # as above
+    rows = rows_of_step(database, "seq, job_id, status, delivery", chosen, (*values, ROWS_PER_STEP))
     database.execute(sql.RETRY, (microseconds(now), to_json([row[0] for row in rows]).decode()))
     for _, _, status, delivery in rows:
         counts.subtract((JobStatus(status), DeliveryStatus(delivery)))
@@ -58,11 +71,12 @@ def replay_some(
     database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
 ) -> list[tuple[int, str]]:
     """Make undelivered deliveries due that match the condition `which`; returns sequence numbers and ids."""
-    values = (microseconds(now), *values, ROWS_PER_STEP)
-    replayed = database.execute(sql.REPLAY.format(which=which), values).fetchall()
-    counts[DeliveryStatus.UNDELIVERED] -= len(replayed)
-    counts[DeliveryStatus.PENDING] += len(replayed)
-    return replayed
+    chosen = sql.UNDELIVERED.format(which=which)
+    rows = rows_of_step(database, "seq, job_id", chosen, (*values, ROWS_PER_STEP))
+    database.execute(sql.REPLAY, (microseconds(now), to_json([sequence for sequence, _ in rows]).decode()))
+    counts[DeliveryStatus.UNDELIVERED] -= len(rows)
+    counts[DeliveryStatus.PENDING] += len(rows)
+    return [(sequence, job_id) for sequence, job_id in rows]
 
 
 def find_purgeable(database: sqlite3.Connection, which: JobFilter, first: int) -> tuple[list[int], int | None]:

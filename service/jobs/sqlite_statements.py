@@ -1,7 +1,7 @@
 """The SQL statements of the job store."""
 
 from modalkit.service.errors import MAX_ERROR_BYTES
-from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, SHORT_COLUMNS, TEXT_COLUMNS
+from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
 
 BYTES_PER_READ = 64 * 2**20
 """Bytes that are read at once, unless one job has more: SQLite and memory have limits."""
@@ -32,6 +32,8 @@ READ = f"""
         ) WHERE size <= {BYTES_PER_READ}
     )
 """  # noqa: S608  # as above
+SIZES = f"SELECT {SIZE}, {{columns}} FROM jobs WHERE seq IN ({{chosen}})"  # noqa: S608  # as above
+"""The bytes of each chosen job, and `columns` of it."""
 READ_FIRST = f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE seq = (SELECT min(seq) FROM ({{chosen}}))"  # noqa: S608  # as above
 _CLAIMABLE = "status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ?1 AND priority = ?2"
 CLAIMABLE = f"SELECT seq FROM jobs WHERE {_CLAIMABLE} AND owner = ?3 ORDER BY seq LIMIT ?4"  # noqa: S608  # as above
@@ -59,11 +61,10 @@ RETURN = """
     UPDATE jobs SET status = 'queued', started_at = iif(attempts = 0 AND crashes = 0, NULL, started_at)
     WHERE status = 'running' AND job_id IN (SELECT value FROM json_each(?))
 """
-RELEASE = """
-    UPDATE jobs SET retry_at = NULL WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = 'queued' AND retry_at <= ? AND model_name = ? ORDER BY retry_at LIMIT ?
-    )
+DUE_RETRIES = """
+    SELECT seq FROM jobs WHERE status = 'queued' AND retry_at <= ? AND model_name = ? ORDER BY retry_at LIMIT ?
 """
+RELEASE = "UPDATE jobs SET retry_at = NULL WHERE seq IN (SELECT value FROM json_each(?))"
 NEXT_RETRY = """
     SELECT retry_at FROM jobs WHERE status = 'queued' AND retry_at IS NOT NULL AND model_name = ?
     ORDER BY retry_at LIMIT 1
@@ -79,9 +80,7 @@ END = f"""
 COUNT_PENDING = """
     SELECT count(*) FROM jobs WHERE delivery = 'pending' AND job_id IN (SELECT value FROM json_each(?))
 """
-EXPIRED = f"""
-    SELECT {SHORT_COLUMNS} FROM jobs WHERE status = 'queued' AND expires_at <= ? ORDER BY expires_at LIMIT ?
-"""  # noqa: S608  # as above
+EXPIRED = "SELECT seq FROM jobs WHERE status = 'queued' AND expires_at <= ? ORDER BY expires_at LIMIT ?"
 REQUEUE_CRASHED = "UPDATE jobs SET status = 'queued', crashes = crashes + 1 WHERE status = 'running'"
 CRASHED = "SELECT job_id FROM jobs WHERE status = 'queued' AND crashes > 0 AND crashes >= ?"
 _NEXT_QUEUE = """
@@ -121,10 +120,10 @@ RECORD_DELIVERIES = """
         due_at = record.column5, delivery_crashes = 0
     FROM (VALUES {rows}) AS record WHERE job_id = record.column1 AND delivery = 'pending'
 """
+UNDELIVERED = "SELECT seq FROM jobs WHERE delivery = 'undelivered' AND {which} ORDER BY seq LIMIT ?"
 REPLAY = """
     UPDATE jobs SET delivery = 'pending', delivery_attempts = 0, due_at = ?
-    WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' AND {which} ORDER BY seq LIMIT ?)
-    RETURNING seq, job_id
+    WHERE seq IN (SELECT value FROM json_each(?))
 """
 REMOVE = """
     DELETE FROM jobs WHERE seq IN (

@@ -13,11 +13,12 @@ from modalkit.service.jobs import life
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, Recovery
-from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
+from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP, rows_of_step
 from modalkit.service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
     SELECT,
+    SHORT_COLUMNS,
     find_job,
     job_from_row,
     microseconds,
@@ -176,7 +177,8 @@ class JobTable:
         One call releases a limited number: if more are due, the time returned has come already. An infinite `now`
         makes all due.
         """
-        self._database.execute(sql.RELEASE, (microseconds(now), model_name, ROWS_PER_STEP))
+        due = rows_of_step(self._database, "seq", sql.DUE_RETRIES, (microseconds(now), model_name, ROWS_PER_STEP))
+        self._database.execute(sql.RELEASE, (_json([sequence for (sequence,) in due]),))
         row = self._database.execute(sql.NEXT_RETRY, (model_name,)).fetchone()
         return None if row is None else row[0] / 1_000_000
 
@@ -237,11 +239,12 @@ class JobTable:
         return cancelled
 
     def expire(self, limit: int, now: float) -> list[Job]:
-        """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does.
+        """End up to `limit` queued jobs whose `expires_at` has come, fewer large ones, as `finish` does.
 
         Returns them as before, without their messages and their `meta`.
         """
-        jobs = list(map(job_from_row, self._database.execute(sql.EXPIRED, (microseconds(now), limit))))
+        rows = rows_of_step(self._database, SHORT_COLUMNS, sql.EXPIRED, (microseconds(now), limit))
+        jobs = list(map(job_from_row, rows))
         errors = [(job.job_id, life.expires_in_passed((job.expires_at or now) - job.created_at)) for job in jobs]
         self._end_queued(errors, JobStatus.EXPIRED, now)
         return jobs

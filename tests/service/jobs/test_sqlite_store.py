@@ -332,6 +332,10 @@ def listed(**fields: Any) -> str:
     return f"{SELECT} WHERE {condition_of(JobFilter(**fields))[0]} ORDER BY seq DESC LIMIT ?"
 
 
+def changed(chosen: str) -> str:
+    return sql.SIZES.format(columns="seq", chosen=chosen)
+
+
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
@@ -341,9 +345,9 @@ def listed(**fields: Any) -> str:
         (sql.FEWEST_CRASHES, "suspect_jobs"),
         (sql.QUARANTINED, "suspect_jobs"),
         (sql.REQUEUE.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
-        (sql.RELEASE, "waiting_retries"),
+        (changed(sql.DUE_RETRIES), "waiting_retries"),
         (sql.NEXT_RETRY, "waiting_retries"),
-        (sql.EXPIRED, "expiring_jobs"),
+        (changed(sql.EXPIRED), "expiring_jobs"),
         (sql.REQUEUE_CRASHED, "running_jobs"),
         (sql.CRASHED, "suspect_jobs"),
         (sql.NEXT_QUEUE, "deliveries"),
@@ -357,9 +361,9 @@ def listed(**fields: Any) -> str:
         (sql.END.format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.COUNT_PENDING, "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
-        (sql.REPLAY.format(which="seq > ?"), "undelivered_jobs"),
+        (changed(sql.UNDELIVERED.format(which="seq > ?")), "undelivered_jobs"),
         (sql.REMOVE, "removable_jobs"),
-        (sql.REPLAY.format(which="seq > ? AND owner = ?"), "undelivered_jobs"),
+        (changed(sql.UNDELIVERED.format(which="seq > ? AND owner = ?")), "undelivered_jobs"),
         (f"{SELECT} WHERE idempotency_key = ? AND owner = ?", "idempotency_keys"),
         (listed(owner="a"), "owned_jobs"),
         (sql.KNOWN_KEYS, "idempotency_keys"),
@@ -593,7 +597,7 @@ async def test_a_full_store_still_knows_its_keys(path: Path, keyed: bool) -> Non
 async def test_a_delivery_that_fails_again_meanwhile_is_replayed_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.sqlite_table.ROWS_PER_STEP", 2)
+    monkeypatch.setattr("modalkit.service.jobs.sqlite_many.ROWS_PER_STEP", 2)
     ids = [f"{n}" for n in range(5)]
     async with SqliteJobStore(path) as store:
         await store.add([replace(new_job(job_id), failure_queue="bad") for job_id in ids])

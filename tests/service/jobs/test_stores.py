@@ -1,6 +1,7 @@
 """What every job store promises, asked of each of them."""
 
 import itertools
+import json
 import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -657,6 +658,28 @@ async def test_changes_of_many_jobs_in_memory_let_other_tasks_run_between_their_
             assert seen & set(range(1, 20))
             assert (await in_memory.counts()).statuses[JobStatus.FAILED] == 0
         task_group.cancel_scope.cancel()
+
+
+async def test_large_jobs_are_changed_in_steps_of_few(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because all that a job has is written once more with each change of it."""
+    monkeypatch.setattr(sqlite_many, "BYTES_PER_STEP", 2500)
+    large = {"message_json": json.dumps({"a": "x" * 1000}), "expires_at": 9.0, "failure_queue": "bad"}
+    await store.add([replace(new_job(f"{n}"), **large) for n in range(7)])
+    assert len(await store.cancel_some(JobFilter(), 2.0)) == 3
+    assert len(await store.expire(100, 9.0)) == 3
+    assert len(await store.expire(100, 9.0)) == 1
+    given_up = {"status": DeliveryStatus.UNDELIVERED, "attempts": 1, "error": "gone"}
+    await store.record_deliveries([DeliveryRecord(job_id=f"{n}", **given_up) for n in range(7)])
+    commits = store.commits
+    assert await store.replay(None, 9.0) == 4
+    assert store.commits == commits + 3  # three, one, and none
+    await store.record_deliveries([DeliveryRecord(job_id=f"{n}", **given_up) for n in range(7)])
+    commits = store.commits
+    assert len(await store.retry(None, JobFilter(), 9.0)) == 7
+    assert store.commits == commits + 4  # three, three, one, and none
+    await store.claim("m", 7, 9.0)
+    await store.requeue([JobRetry(job_id=f"{n}", retry_at=10.0, error="no") for n in range(7)])
+    assert [await store.release_retries("m", 10.0) for _ in range(3)] == [10.0, 10.0, None]
 
 
 async def test_counts_follow_every_change(store: JobStore) -> None:
