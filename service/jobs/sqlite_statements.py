@@ -3,8 +3,10 @@
 from modalkit.service.errors import MAX_ERROR_BYTES
 from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
 
-BYTES_PER_READ = 64 * 2**20
-"""Bytes that are read at once, unless one job has more: SQLite and memory have limits."""
+BYTES_PER_READ = 16 * 2**20
+"""Bytes of JSON that jobs are claimed by at once, unless one has more: meanwhile they are written once more, for which
+other changes wait.
+"""
 ESCAPED = 2
 """The most bytes that a byte of JSON takes when quoted as a string: JSON holds no control characters."""
 ESCAPED_ERRORS = 2 * 6 * MAX_ERROR_BYTES

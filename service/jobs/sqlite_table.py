@@ -31,6 +31,8 @@ QueuePlace = tuple[str, bool]
 
 QUEUES_PER_STEP = 1000
 OWNERS_PER_CLAIM = 1000
+ROWS_OF_UNKNOWN_SIZE = 32
+"""Rows that are read before it is known how large they are: to read the sizes of very many large ones takes seconds."""
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
 _ROWS_PER_STATEMENT = (1024, 256, 64, *range(32, 0, -1))  # few sizes, so that the statements stay prepared
@@ -343,6 +345,21 @@ class JobTable:
     def _read(self, chosen: str, values: tuple[Any, ...], change: str, *changed: object) -> list[list[Any]]:
         """The `COLUMNS` of the chosen jobs, in their order, after `change` was made to them: as many as fit at once.
 
+        The last of the `values` is the limit of the chosen ones. The change makes that they are not chosen again.
+        """
+        *which, limit = values
+        few = min(limit, ROWS_OF_UNKNOWN_SIZE)
+        rows, size = self._read_some(chosen, (*which, few), change, *changed)
+        more = min(limit - few, (sql.BYTES_PER_READ - size) * few // max(size, 1)) if len(rows) == few else 0
+        if more > 0:
+            rows += self._read_some(chosen, (*which, more), change, *changed)[0]
+        return rows
+
+    def _read_some(
+        self, chosen: str, values: tuple[Any, ...], change: str, *changed: object
+    ) -> tuple[list[list[Any]], int]:
+        """What `_read` returns of all that are chosen, whose sizes are read first, and about how long it is.
+
         Where the first alone does not fit, it is read without JSON, which might become longer than SQLite allows.
         """
         (text,) = self._database.execute(sql.READ.format(chosen=chosen), values).fetchone()
@@ -351,7 +368,7 @@ class JobTable:
             rows = list(map(list, self._database.execute(sql.READ_FIRST.format(chosen=chosen), values)))
         if rows:
             self._database.execute(change, (*changed, _json([row[0] for row in rows])))
-        return [row[1:] for row in rows]
+        return [row[1:] for row in rows], len(text)
 
     def _write(self, statement: str, rows: Sequence[Row]) -> int:
         """Run a statement with `{rows}` of values, many at a time; returns how many rows it changed."""

@@ -1,6 +1,7 @@
 """What the SQLite store promises beyond the others: it outlives the process, and one process owns it."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -410,6 +411,25 @@ async def test_other_changes_wait_for_no_search_of_a_purge(path: Path, which: Jo
         plans = [store._database.execute(f"EXPLAIN QUERY PLAN {removal}").fetchall() for removal in removals]  # noqa: SLF001
         assert [str(plan[0][3]) for plan in plans] == ["SEARCH jobs USING INTEGER PRIMARY KEY (rowid=?)"]
         assert not any("jobs" in str(step[3]) for plan in plans for step in plan[1:]), plans
+
+
+async def test_a_claim_of_large_jobs_reads_few_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_PER_READ), "100000"))
+    monkeypatch.setattr(sql, "BYTES_PER_READ", 100_000)
+    looked_at = 0
+
+    def length(value: bytes | None) -> int | None:
+        nonlocal looked_at
+        looked_at += value is not None and value.startswith(b'{"a":')
+        return None if value is None else len(value)
+
+    async with SqliteJobStore(path) as store:
+        large = json.dumps({"a": "x" * 1000})
+        await store.add([replace(new_job(f"{n:03}"), message_json=large) for n in range(500)])
+        store._database.create_function("length", 1, length, deterministic=True)  # noqa: SLF001
+        claimed = await store.claim("m", 500, 2.0)
+        assert 40 < len(claimed) <= looked_at < 100
+        assert [job.job_id for job in claimed] == [f"{n:03}" for n in range(len(claimed))]
 
 
 @pytest.mark.parametrize("owner", [None, "a"])
