@@ -39,6 +39,7 @@ SIZES = f"SELECT {SIZE}, {{columns}} FROM jobs WHERE seq IN ({{chosen}})"  # noq
 READ_FIRST = f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE seq = (SELECT min(seq) FROM ({{chosen}}))"  # noqa: S608  # as above
 _CLAIMABLE = "status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ?1 AND priority = ?2"
 CLAIMABLE = f"SELECT seq FROM jobs WHERE {_CLAIMABLE} AND owner = ?3 ORDER BY seq LIMIT ?4"  # noqa: S608  # as above
+IS_CLAIMABLE = f"SELECT EXISTS (SELECT 1 FROM jobs WHERE {_CLAIMABLE})"  # noqa: S608  # as above
 OWNERS = f"""
     WITH RECURSIVE owners (owner) AS (
         SELECT min(owner) FROM jobs WHERE {_CLAIMABLE} AND {{which}}

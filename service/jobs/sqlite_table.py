@@ -122,10 +122,16 @@ class JobTable:
         for_interactive = max(0, limit - bulk_limit)
         claimed = self._claim_fairly(now, model_name, Priority.INTERACTIVE, for_interactive)
         may_be_more = len(claimed) == for_interactive
-        claimed += self._claim_fairly(now, model_name, Priority.BULK, limit - len(claimed))
+        are_left = may_be_more or (claimed and self._is_claimable(model_name, Priority.INTERACTIVE))  # as too large
+        for_bulk = bulk_limit if are_left else limit - len(claimed)
+        claimed += self._claim_fairly(now, model_name, Priority.BULK, min(for_bulk, limit - len(claimed)))
         if may_be_more:
             claimed += self._claim_fairly(now, model_name, Priority.INTERACTIVE, limit - len(claimed))
         return claimed
+
+    def _is_claimable(self, model_name: str, priority: Priority) -> bool:
+        """Whether any job of a model and priority can be claimed."""
+        return bool(self._database.execute(sql.IS_CLAIMABLE, (model_name, priority)).fetchone()[0])
 
     def _claim_fairly(self, now: float, model_name: str, priority: Priority, limit: int) -> list[Job]:
         if not self._has_owners:

@@ -19,6 +19,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
+from modalkit.batching import Priority
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
@@ -341,6 +342,7 @@ def changed(chosen: str) -> str:
     ("statement", "index"),
     [
         (sql.CLAIMABLE, "queued_jobs"),
+        (sql.IS_CLAIMABLE, "queued_jobs"),
         (sql.OWNERS.format(which="owner > ?4"), "queued_jobs"),
         (sql.OWNERS.format(which="owner <= ?4"), "queued_jobs"),
         (sql.FEWEST_CRASHES, "suspect_jobs"),
@@ -430,6 +432,19 @@ async def test_a_claim_of_large_jobs_reads_few_others(path: Path, monkeypatch: p
         claimed = await store.claim("m", 500, 2.0)
         assert 40 < len(claimed) <= looked_at < 100
         assert [job.job_id for job in claimed] == [f"{n:03}" for n in range(len(claimed))]
+
+
+async def test_bulk_jobs_take_no_place_of_large_interactive_ones(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which only some are claimed at once, because of their size."""
+    monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_PER_READ), "10000"))
+    monkeypatch.setattr(sql, "BYTES_PER_READ", 10_000)
+    large = {"message_json": json.dumps({"a": "x" * 1000}), "priority": Priority.INTERACTIVE}
+    async with SqliteJobStore(path) as store:
+        await store.add([replace(new_job(f"bulk {n:02}"), priority=Priority.BULK) for n in range(20)])
+        await store.add([replace(new_job(f"large {n}"), **large) for n in range(6)])
+        names = [[job.job_id.split()[0] for job in await store.claim("m", 12, 2.0, bulk_limit=2)] for _ in range(2)]
+    assert names[0] == ["large"] * 4 + ["bulk"] * 2
+    assert names[1] == ["large"] * 2 + ["bulk"] * 10
 
 
 @pytest.mark.parametrize("owner", [None, "a"])
