@@ -6,6 +6,7 @@ import resource
 import socket
 import ssl
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 RESERVED_FILES = 256
 """Files that a process needs besides its connections."""
+FILES_WITHOUT_LIMIT = 10_240
+"""Open files that macOS always allows where it names no limit."""
 ACCEPT_PAUSE_S = 0.1
 """Seconds until connections are accepted again, after the system did not allow it."""
 MAX_CHECKED = 1000
@@ -161,8 +164,12 @@ def _within_open_files(config: ServerConfig) -> ServerConfig:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = config.max_connections + RESERVED_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else max(soft, min(needed, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        allowed = needed if hard == resource.RLIM_INFINITY else max(soft, min(needed, hard))
+        for files in (allowed, max(soft, FILES_WITHOUT_LIMIT)):
+            with suppress(ValueError):  # macOS names no limit, and has one
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+                soft = files
+                break
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return config
     connections = max(1, soft - RESERVED_FILES)

@@ -1,6 +1,7 @@
 """The server with applications that answer in unusual ways, and middleware of users around the routes."""
 
 import asyncio
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.connections import MAX_PIPELINED, MAX_WRITE_BYTES
 from modalkit.service.web.prediction_stream import PredictionStream
-from modalkit.service.web.server import LimitedServer, TlsListener, server_of
+from modalkit.service.web.server import FILES_WITHOUT_LIMIT, LimitedServer, TlsListener, server_of
 from tests.support.http_client import NO_TLS, assert_problem
 from tests.support.http_server import limit_buffers
 from tests.support.length_model import LengthPipeline
@@ -327,3 +328,23 @@ def test_a_name_that_no_host_has_is_an_error_of_the_address(host: str) -> None:
     with pytest.raises(AddressError, match=f"^cannot listen on {host}:0: .*; give an address of this machine"):
         with listening(host, 0):
             pass
+
+
+def test_connections_are_limited_where_the_system_refuses_more_open_files_than_it_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = 61_440
+    limits = [(256, resource.RLIM_INFINITY)]
+
+    def set_limits(_: int, wanted: tuple[int, int]) -> None:
+        if not 0 <= wanted[0] <= most:
+            raise ValueError("current limit exceeds maximum limit")  # as macOS does
+        limits.append(wanted)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", set_limits)
+    server_of(answering([]), ServerConfig(), access_log=False)
+    assert limits[-1][0] > ServerConfig().max_connections
+    limits.append((256, resource.RLIM_INFINITY))
+    server_of(answering([]), ServerConfig(max_connections=1_000_000), access_log=False)
+    assert limits[-1][0] == FILES_WITHOUT_LIMIT
