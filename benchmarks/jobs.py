@@ -16,14 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
-import httpx
 import typer
 
 from modalkit.benchmarks.bench.targets import SERVE, is_serving, process
 from modalkit.benchmarks.load import Endpoint, Load, Measured
-from modalkit.benchmarks.load.client import HttpTarget
+from modalkit.benchmarks.load.client import HttpTarget, direct_client
 from modalkit.benchmarks.load.endpoint import LINES
 from modalkit.benchmarks.load.processes import run_target
 from modalkit.benchmarks.measurement import Figure
@@ -94,8 +92,8 @@ def _process(
 
 def metric(url: str, name: str) -> float:
     """A number that the service tells Prometheus."""
-    with urlopen(f"{url}/metrics") as answer:  # noqa: S310  # an address of our own
-        lines = answer.read().decode().splitlines()
+    with direct_client() as client:
+        lines = client.get(f"{url}/metrics").raise_for_status().text.splitlines()
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 
 
@@ -197,8 +195,9 @@ def reads(rounds: int, count: int) -> None:
     """A job that has ended, which is asked for by its id, next to a route that validates and answers."""
     ratios = []
     with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
-        job_id = httpx.post(f"{url}/async/predict", content=JOB).raise_for_status().json()["job_id"]
-        httpx.get(f"{url}/jobs/{job_id}", params={"wait": 60}, timeout=90).raise_for_status()
+        with direct_client(base_url=url, timeout=90) as client:
+            job_id = client.post("/async/predict", content=JOB).raise_for_status().json()["job_id"]
+            client.get(f"/jobs/{job_id}", params={"wait": 60}).raise_for_status()
         for _ in range(rounds):
             reference = rate(f"{plain}/echo", [ITEM] * count, CLIENTS, count)
             ours = read_rate(url, job_id, CLIENTS, count)

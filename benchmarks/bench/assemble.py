@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,9 +19,8 @@ from modalkit.benchmarks.bench.inputs import (
     described_model,
     file_inputs,
     mixed_inputs,
-    sample_inputs,
+    model_inputs,
     schema_inputs,
-    sized_items,
     takes_text_alone,
 )
 from modalkit.benchmarks.bench.session import MODES, OnRun, Session, published_schema
@@ -237,6 +237,8 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
         parts = urlsplit(options.target)
         if not parts.hostname:
             raise OptionError(f"{options.target!r} names no server: give its address, as http://127.0.0.1:8000")
+        if "@" in parts.netloc:
+            raise OptionError("the target: give a user and password by --header 'Authorization: Basic ...'")
         base = f"{parts.scheme}://{parts.netloc}"
         path = "" if options.body is not None or (not options.is_ours and options.kind is None) else parts.path
         return UrlTarget(base + path.rstrip("/"), options.all_headers(), options.model), options.model or ""
@@ -253,7 +255,7 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
         if options.target == WORKER:
             return WorkerTarget(model, tuple(options.config or ())), model
         variables = None if receiver is None else receiver.variables
-        return ServeTarget(model, tuple(options.config or ()), variables), model
+        return ServeTarget(model, tuple(options.config or ()), variables, options.start_timeout), model
     if kind == "docker" and rest:
         return DockerTarget(rest, options.model or "", options.port, options.docker_argument or ()), ""
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
@@ -280,9 +282,9 @@ def _inputs(options: Options, model: str) -> Inputs:
         return mixed_inputs(options.length_mix) if options.length_mix is not None else corpus_inputs()
     source = model_source(Settings.load(options.config or None), model)
     takes_text = takes_text_alone(documented_model(source.input_model).model_json_schema())
-    if options.length_mix is not None:
-        return mixed_inputs(options.length_mix, sized_items(source.load()))
-    return corpus_inputs() if takes_text and not options.samples else sample_inputs(source.load())
+    if takes_text and not options.samples and options.length_mix is None:
+        return corpus_inputs()
+    return model_inputs(options.config or (), model, options.length_mix, options.start_timeout)
 
 
 def loads_of(base: Load, clients: str | None, rates: str | None, arrivals: str | None) -> list[Load]:
@@ -342,7 +344,9 @@ def _variant(settings: Sequence[tuple[str, str]]) -> Variant:
 
 
 def as_settings(options: Options, **others: Any) -> Mapping[str, Any]:
-    """What the results say of the options; keys and headers are left out."""
+    """What the results say of the options; keys, headers and the password of a queue are left out."""
     hidden = ("header", "key")
     given = {name: getattr(options, name) for name in options.__slots__ if name not in hidden}
+    if options.queue is not None:
+        given["queue"] = re.sub("//.*@", "//", options.queue)
     return {name: value for name, value in (given | others).items() if value not in (None, [], (), False)}

@@ -1,9 +1,12 @@
 """The command ``modalkit bench``."""
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -114,7 +117,8 @@ def bench(
         list[str] | None, typer.Option(help="Argument of docker create, as --gpus=all; may be repeated.")
     ] = None,
     start_timeout: Annotated[
-        float, typer.Option(help="Seconds until the first answer of a container, downloads included.", **POSITIVE)
+        float,
+        typer.Option(help="Seconds that what is started has until its first answer, downloads included.", **POSITIVE),
     ] = 300.0,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine, for the cost of a million items.", **POSITIVE)
@@ -171,7 +175,7 @@ def bench(
         _check_tool(tool, options, loads)
     if processes is not None and target == WORKER:
         raise OptionError("a worker runs in the one process that sends: leave out --processes")
-    with _progress() as on_run, session_of(options, on_run) as session:
+    with _ending_on_sigterm(), _progress() as on_run, session_of(options, on_run) as session:
         settings = as_settings(options, seconds=seconds, warm_up=warm_up, items=session.inputs.source)
         results = Results(target=session.target.name, settings=settings)
         for variant in options.variants():
@@ -275,6 +279,23 @@ def _failures(results: Results, verdicts: list[Verdict]) -> Iterator[str]:
     for found in verdicts:
         if found.verdict == "worse":
             yield f"{found.what}: {found.figure} is worse, {number(found.now)} after {number(found.before)}"
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an error does: what was started stops, and settings are changed back."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

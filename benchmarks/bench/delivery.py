@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import re
 import threading
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import uvloop
 
 from modalkit.benchmarks.load import BenchError, Endpoint, Measured, OptionError
+from modalkit.benchmarks.load.client import direct_client
 from modalkit.benchmarks.load.endpoint import Item, model_query
 from modalkit.pipelines.extras import install_command
 from modalkit.service.errors import describe_error
@@ -71,24 +71,28 @@ def jobs_endpoint(url: str, model: str | None, queue_name: str, list_length: int
     )
 
 
-def require_delivery(url: str, endpoint: Endpoint, items: Sequence[Item], receiver: Receiver) -> None:
+def require_delivery(url: str, endpoint: Endpoint, items: Sequence[Item], receiver: Receiver, timeout_s: float) -> None:
     """Submit a request of jobs, and wait until the result of the first arrives. Raises `BenchError` where it does not.
 
-    That is so where the service that was measured has another queue backend, or may not send to this address.
+    That is so where the job takes longer than `timeout_s`, or where the service that was measured has another queue
+    backend, or may not send to this address.
     """
     content = endpoint.content(endpoint.items_of(items, 0))
     headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
-    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+    with direct_client(base_url=url, headers=headers, timeout=60) as client:
         try:
             job_id = _SLOT.findall(client.post(endpoint.url, content=content).raise_for_status().content)[0]
-            deadline_s, reason = math.inf, None
+            deadline_s, is_done, reason = time.perf_counter() + timeout_s, False, None
             while job_id not in dict(receiver.arrivals) and not reason:
                 job = client.get(f"/jobs/{job_id.decode()}", params={"wait": 5}).raise_for_status().json()
                 reason = "they stay in its memory" if job["delivery"] == "memory" else job["delivery_error"]
                 if job["finished_at"] is not None:
-                    deadline_s = min(deadline_s, time.perf_counter() + QUIET_S)
+                    deadline_s = deadline_s if is_done else time.perf_counter() + QUIET_S
+                    is_done = True
                     time.sleep(0.02)
                 if time.perf_counter() > deadline_s:
+                    if not is_done:
+                        raise BenchError(f"{url}: the first job was not done within {timeout_s:g} s (--start-timeout)")
                     reason = f"none came within {QUIET_S:g} s"
         except (httpx.HTTPError, ValueError, LookupError) as error:
             raise BenchError(f"{url}: the first job failed: {describe_error(error)}") from error

@@ -4,17 +4,22 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from modalkit.benchmarks.corpus import mixed_length_texts
-from modalkit.benchmarks.load import OptionError
+from modalkit.benchmarks.load import BenchError, OptionError
+from modalkit.benchmarks.load.spawned import first_received, spawned
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.calls.wire_format import json_form
+from modalkit.service.cli.common import model_source
 from modalkit.service.cli.records import FileFormat, InputError, read_file
+from modalkit.service.errors import ServiceError, describe_with_line
 from modalkit.service.made_up_items import make_up_items
+from modalkit.service.settings import Settings
 
 TEXT = "text"
 MIX_ITEMS = 1000
@@ -55,6 +60,31 @@ def file_inputs(path: Path, file_format: FileFormat | None, column: str | None, 
 def corpus_inputs() -> Inputs:
     """The texts of mixed lengths."""
     return Inputs([{TEXT: text} for text in mixed_length_texts()], "the corpus of mixed lengths")
+
+
+def model_inputs(config: Sequence[Path], model: str, mix: str | None, timeout_s: float) -> Inputs:
+    """The items that a configured model makes up, of the sizes of `mix` where that is given.
+
+    A process of its own loads the model, so that its memory is free again when it is measured. Raises what loading
+    does, `OptionError`, and `BenchError` where it takes longer.
+    """
+    with spawned(_send_inputs.__module__, _send_inputs.__name__) as (pipe,):
+        pipe.send((config, model, mix))
+        inputs: Inputs = first_received(pipe, "the model that makes items up", timeout_s)
+        return inputs
+
+
+def _send_inputs(pipe: Connection) -> None:
+    config, model, mix = pipe.recv()
+    try:
+        pipeline = model_source(Settings.load(config or None), model).load()
+        pipe.send(sample_inputs(pipeline) if mix is None else mixed_inputs(mix, sized_items(pipeline)))
+    except ServiceError as error:
+        pipe.send(error)
+    except KeyboardInterrupt:
+        pass  # the parent ends this process
+    except Exception as error:  # noqa: BLE001  # of the user's pipeline; raised again by the parent
+        pipe.send(BenchError(f"{model}: sample_items failed: {describe_with_line(error)}; or give --input"))
 
 
 def mixed_inputs(mix: str, sized: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None) -> Inputs:

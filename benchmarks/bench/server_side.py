@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from modalkit.batching import BatchRecord
+from modalkit.benchmarks.load.client import direct_client
 from modalkit.service.pipeline_batches import max_in_flight_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class ServerSide:
 def scrape(url: str, headers: Mapping[str, str]) -> Samples | None:
     """The metrics of a server; None where it has none."""
     try:
-        answer = httpx.get(f"{url}/metrics", headers=dict(headers), timeout=5)
+        with direct_client(headers=headers, timeout=5) as client:
+            answer = client.get(f"{url}/metrics")
         if answer.status_code != 200:
             return None
         return [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]

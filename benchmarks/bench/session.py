@@ -17,6 +17,7 @@ from modalkit.benchmarks.bench.results import Cell, Figure, curve_of, errors_of,
 from modalkit.benchmarks.bench.server_side import ServerSide, gpu_use, of_records, scrape, server_side
 from modalkit.benchmarks.bench.targets import Running, Target, Variant, first_answer_s
 from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, run_load
+from modalkit.benchmarks.load.client import direct_client
 from modalkit.benchmarks.load.processes import run_target
 
 MODES = ("sync", "batch", "ndjson", "async")
@@ -72,7 +73,9 @@ class OpenSession:
                 needs_label=session.inputs.labels is not None,
             )
             if session.receiver is not None:
-                require_delivery(self.running.url, self.endpoint, session.inputs.items, session.receiver)
+                require_delivery(
+                    self.running.url, self.endpoint, session.inputs.items, session.receiver, session.start_timeout_s
+                )
 
     @property
     def endpoint(self) -> Endpoint:
@@ -139,7 +142,13 @@ class OpenSession:
 
         if isinstance(session.target, WorkerTarget | ModalTarget):
             calls = session.target.calls(session.inputs.items, self.variant)
-            return run_target(calls, load, on_progress=tell, is_client=isinstance(session.target, ModalTarget))
+            return run_target(
+                calls,
+                load,
+                on_progress=tell,
+                is_client=isinstance(session.target, ModalTarget),
+                start_timeout_s=session.start_timeout_s,
+            )
         return run_load(
             self.endpoint,
             session.inputs.items,
@@ -222,8 +231,8 @@ def _counts(deliveries: Sequence[Delivery]) -> dict[str, int]:
 def published_schema(url: str, headers: Mapping[str, str], model: str | None) -> Mapping[str, Any] | None:
     """The JSON schema of an item of a modalkit server; None where it publishes none."""
     try:
-        document = httpx.get(f"{url}/openapi.json", headers=dict(headers), timeout=10).raise_for_status().json()
-        return item_schema(document, model)
+        with direct_client(headers=headers, timeout=10) as client:
+            return item_schema(client.get(f"{url}/openapi.json").raise_for_status().json(), model)
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
 

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import httpx
 
 from modalkit.benchmarks.load import BenchError, Endpoint, OptionError
+from modalkit.benchmarks.load.client import direct_client
 from modalkit.benchmarks.load.endpoint import Item
 from modalkit.service.errors import describe_error
 from modalkit.service.settings import BatchConfig
@@ -38,8 +39,15 @@ START_CHECK_S = 0.2
 MAX_SHOWN = 500
 """Characters of an answer that a message shows."""
 MAX_LOG_LINES = 20
+MAX_SAID = 2000
+"""Characters of the output of a process that a message shows."""
 WITHOUT_KEY = {"MODALKIT_APP_SETTINGS__AUTH_CONFIG__INSECURE": "true"}
 """The variable by which a modalkit server without a key listens on an address that others might reach."""
+PLAIN_HTTP = {
+    f"MODALKIT_APP_SETTINGS__SERVER_CONFIG__{name}": "null"
+    for name in ("UNIX_SOCKET", "TLS_CERTIFICATE", "TLS_KEY", "TLS_KEY_PASSWORD")
+}
+"""The variables by which ``modalkit serve`` listens on a port without TLS, whatever is configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ class UrlTarget:
         if not variant:
             yield Running(self.name)
             return
-        with httpx.Client(base_url=self.name, headers=self.headers, timeout=60) as client:
+        with direct_client(base_url=self.name, headers=self.headers, timeout=60) as client:
             try:
                 found = client.get("/admin/models").raise_for_status().json()
                 path = f"/admin/models/{quote(self.model or found[0]['name'], safe='/')}"
@@ -126,6 +134,7 @@ class ServeTarget:
     config: Sequence[Path] = ()
     variables: Mapping[str, str] | None = None
     """Further variables, as for a queue that the benchmark reads."""
+    start_timeout_s: float = math.inf
     name: str = "modalkit serve"
 
     @contextmanager
@@ -135,26 +144,35 @@ class ServeTarget:
         with tempfile.TemporaryDirectory() as folder:
             # Its jobs are in a store of its own, which is synchronised as the configured one.
             store = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE_PATH": str(Path(folder, "jobs.db"))}
-            given = {**os.environ, **store, **(self.variables or {}), **variables_of(variant, self.model)}
+            given = {
+                **os.environ, **store, **PLAIN_HTTP, **(self.variables or {}), **variables_of(variant, self.model)
+            }  # fmt: skip
             started_s = time.perf_counter()
-            with process(command, given, is_serving) as served:
-                yield Running(served.url, started_s)
+            with process(command, given, is_serving, name=self.name, timeout_s=self.start_timeout_s) as served:
+                if (without := _WITHOUT.search(served.said)) and self.model in without[1].split(", "):
+                    raise BenchError(f"{self.name} could not load {self.model}: {served.said[-MAX_SAID:]}")
+                yield Running(served.url, started_s, served.check)
+
+
+_WITHOUT = re.compile(r"^Ready after .*, without (.*) \(see the errors above\)", re.MULTILINE)
+_ADDRESS = re.compile(r"(?:^modalkit \S+|running) on (http://[\w.:\[\]]+\d)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
     """A process that is ready."""
 
-    running: "subprocess.Popen[bytes]"
     said: str
     """Its output until then."""
+    check: Callable[[], object]
+    """Raises `BenchError` with its output where it has ended."""
 
     @property
     def url(self) -> str:
         """The address that it names. Raises `BenchError`."""
-        if (found := re.search(r"http://[\w.:\[\]]+\d", self.said)) is None:
+        if (found := _ADDRESS.search(self.said)) is None:
             raise BenchError(f"the server named no address: {self.said}")
-        return found.group()
+        return found[1]
 
 
 @contextmanager
@@ -164,6 +182,7 @@ def process(
     is_ready: Callable[[str], object],
     folder: Path | None = None,
     *,
+    name: str | None = None,
     stop_s: float = STOP_S,
     timeout_s: float = math.inf,
 ) -> Iterator[Process]:
@@ -176,15 +195,21 @@ def process(
         running = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
         )
+
+        def said() -> str:
+            return Path(log.name).read_text(errors="replace")
+
+        def check() -> None:
+            if running.poll() is not None:
+                raise BenchError(f"{name or command[0]} ended with code {running.returncode}: {said()[-MAX_SAID:]}")
+
         try:
-            while not is_ready(said := Path(log.name).read_text(errors="replace")):
-                ended = running.poll() is not None
-                if ended or time.perf_counter() > deadline_s:
-                    why = f"ended with code {running.returncode}" if ended else f"was not ready within {timeout_s:g} s"
-                    said = Path(log.name).read_text(errors="replace")
-                    raise BenchError(f"{command[0]} {why}: {said[-2000:]}")
+            while not is_ready(so_far := said()):
+                check()
+                if time.perf_counter() > deadline_s:
+                    raise BenchError(f"{name or command[0]} was not ready within {timeout_s:g} s: {said()[-MAX_SAID:]}")
                 time.sleep(0.02)
-            yield Process(running, said)
+            yield Process(so_far, check)
         finally:
             if stop_s:
                 running.send_signal(signal.SIGINT)
@@ -194,7 +219,7 @@ def process(
             running.wait()
 
 
-is_serving = re.compile("^Ready", re.MULTILINE).search
+is_serving = re.compile("^Ready after ", re.MULTILINE).search
 """Whether ``modalkit serve`` with this output is ready."""
 
 
@@ -326,14 +351,16 @@ def first_answer_s(
     Raises `BenchError` where none is answered in time, one is refused, the server ended, or the answer has no label
     though it `needs_label`, with what it says.
     """
-    deadline_s = time.perf_counter() + (timeout_s if running.started_s is not None else 0.0)
+    begun_s = time.perf_counter()
+    deadline_s = begun_s if running.started_s is None else begun_s + timeout_s
     body = endpoint.content(endpoint.items_of(items, 0))
     headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
-    with httpx.Client(timeout=timeout_s) as client:
+    with direct_client() as client:
         while True:
             is_final = False
+            left_s = max(START_CHECK_S, begun_s + timeout_s - time.perf_counter())
             try:
-                answer = client.post(endpoint.url, content=body, headers=headers)
+                answer = client.post(endpoint.url, content=body, headers=headers, timeout=left_s)
                 answer.raise_for_status()
             except httpx.HTTPStatusError as error:
                 problem, is_final = _problem(error), error.response.is_client_error

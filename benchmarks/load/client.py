@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from time import perf_counter
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
+import httpx
 
 CHECKS_PER_TIMEOUT = 10
 """How often, in the time that a request may take, requests are looked for that took longer."""
@@ -94,6 +95,16 @@ class _Connection(asyncio.Protocol):
             self._answer.set_result((status, b"".join(self._body)))
 
 
+def direct_client(**options: Any) -> httpx.Client:
+    """A client that reaches a server as the load does: without proxies, and with the certificates of the system."""
+    return httpx.Client(trust_env=False, verify=_certificates(), **options)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpTarget:
     """Requests for a server, as they are sent."""
@@ -154,7 +165,7 @@ class HttpCaller:
 
     def __init__(self, target: HttpTarget) -> None:
         parts = urlsplit(target.url)
-        context = ssl.create_default_context() if parts.scheme == "https" else None
+        context = _certificates() if parts.scheme == "https" else None
         port = parts.port or (443 if context else 80)
         self._target = target
         self._connect = partial(

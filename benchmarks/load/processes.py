@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from modalkit.benchmarks.load.endpoint import Endpoint, Item
 from modalkit.benchmarks.load.figures import Measured, measured_of
 from modalkit.benchmarks.load.loops import Call, Samples, closed_loop
 from modalkit.benchmarks.load.plan import BenchError, Load
-from modalkit.benchmarks.load.spawned import spawned
+from modalkit.benchmarks.load.spawned import first_received, received, spawned
 from modalkit.benchmarks.load.worker_process import GO, STOP, CallTarget, Part, PartResult, run_part
 
 OnProgress = Callable[[float, int, int], object]
@@ -63,17 +62,25 @@ def run_load(
 
 
 def run_target(
-    target: CallTarget, load: Load, *, on_progress: OnProgress = lambda *_: None, is_client: bool = True
+    target: CallTarget,
+    load: Load,
+    *,
+    on_progress: OnProgress = lambda *_: None,
+    is_client: bool = True,
+    start_timeout_s: float | None = None,
 ) -> Measured:
     """Put the load on any target. Without `load.processes`, runs again with more while the generator is the limit.
+
+    Raises `BenchError` where the target is not open within `start_timeout_s`.
 
     Where the target itself runs in the process (`is_client` False), one process is all, and busy is as it should be.
     """
     if not is_client:
-        return replace(_run(target, load, 1, on_progress), limited=())
+        return replace(_run(target, load, 1, on_progress, start_timeout_s), limited=())
     processes, most = load.processes or 1, load.processes or max(1, (os.cpu_count() or 1) // 2)
     while True:
-        measured = _run(target, load, min(processes, load.clients) if not load.is_open else processes, on_progress)
+        parts = min(processes, load.clients) if not load.is_open else processes
+        measured = _run(target, load, parts, on_progress, start_timeout_s)
         if processes >= most or not measured.limited:
             return measured
         processes = min(2 * processes, most)
@@ -90,12 +97,14 @@ async def measure_here(call: Call, load: Load) -> Measured:
     return measured_of([result], load, begin_s=began_s, end_s=time.perf_counter())
 
 
-def _run(target: CallTarget, load: Load, processes: int, on_progress: OnProgress) -> Measured:
+def _run(
+    target: CallTarget, load: Load, processes: int, on_progress: OnProgress, start_timeout_s: float | None
+) -> Measured:
     with spawned(run_part.__module__, run_part.__name__, processes) as pipes:
         for place, pipe in enumerate(pipes):
             pipe.send(Part(target, load, place, processes))
         for pipe in pipes:
-            _received(pipe)  # it is ready
+            first_received(pipe, "the target", start_timeout_s)  # it is ready
         began_s = time.perf_counter()  # before the word go: on a busy machine, all may be answered by the next line
         for pipe in pipes:
             pipe.send(GO)
@@ -117,7 +126,7 @@ def _results(
     timeline: list[tuple[float, int]] = []
     while open_pipes:
         for pipe in wait(open_pipes, timeout=0.05):
-            message = _received(pipe)  # type: ignore[arg-type]  # all of them are connections
+            message = received(pipe)  # type: ignore[arg-type]  # all of them are connections
             if isinstance(message, PartResult):
                 results.append(message)
                 open_pipes.remove(pipe)  # type: ignore[arg-type]
@@ -152,16 +161,6 @@ def is_steady(timeline: Sequence[tuple[float, int]], warm_up_s: float) -> bool:
     half = STEADY_WINDOWS // 2
     drift = abs(rates[:half].mean() - rates[half:].mean())
     return bool(mean and drift < STEADY_WITHIN * mean and rates.std() / STEADY_WINDOWS**0.5 < STEADY_WITHIN * mean)
-
-
-def _received(pipe: Connection) -> Any:
-    try:
-        message = pipe.recv()
-    except EOFError:
-        raise BenchError("a process of the load generator ended before its time; there is more above") from None
-    if isinstance(message, Exception):
-        raise BenchError(str(message)) from message
-    return message
 
 
 def _accuracy(endpoint: Endpoint, labels: Sequence[str], measured: Measured) -> float:

@@ -1,11 +1,14 @@
 """``modalkit bench`` on real services, from the load to the page."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,13 @@ import pytest
 from typer.main import get_command
 
 from modalkit.benchmarks.bench import cli
+from modalkit.benchmarks.bench.assemble import Options, as_settings
 from modalkit.benchmarks.bench.cli import app
 from modalkit.benchmarks.bench.results import Cell, Results
 from modalkit.benchmarks.bench.session import OnRun
 from modalkit.benchmarks.load import BenchError
 from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
+from tests.support.command_line import CONFIGURATION, MODALKIT
 from tests.support.guides import guide
 
 ResultsOf = Callable[[], Any]
@@ -205,6 +210,95 @@ def test_what_bench_serves_leaves_the_jobs_of_the_service_alone(
     assert not list(folder.glob("*.db")), "neither the store of the variable nor that of the file"
 
 
+def test_what_bench_serves_listens_on_a_port_of_its_own_without_tls(bench: Bench, folder: Path) -> None:
+    server_config = "  server_config: {unix_socket: mine.sock, tls_certificate: mine.pem, tls_key: key.pem}\n"
+    (folder / "modalkit.yaml").write_text(CONFIGURATION.replace("app_settings:\n", f"app_settings:\n{server_config}"))
+    assert bench("serve", "--length-mix", "3").exit_code == 0
+    assert not (folder / "mine.sock").exists()
+
+
+def test_no_proxy_of_the_environment_is_between_bench_and_the_server(
+    bench: Bench, service: str, results: ResultsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    done = bench(service, "--key", "secret", "--sweep", "max_batch_size=4", "--samples")
+    assert done.exit_code == 0, done.exception
+    assert results()["cells"][0]["server"]["mean_batch_size"] >= 1, "its metrics were read"
+
+
+HANGING = """
+import threading
+from tests.support.length_model import LengthPipeline
+
+class Hanging(LengthPipeline):
+    def __init__(self, *args, **entry):
+        threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["serve", "-i", "items.txt"], "modalkit serve"),
+        (["worker", "-i", "items.txt"], "the target"),
+        (["worker", "--length-mix", "3"], "the model that makes items up"),
+    ],
+)
+def test_a_model_that_hangs_in_its_start_is_given_up_in_time(
+    bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], what: str
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "hanging.py").write_text(HANGING)
+    (folder / "items.txt").write_text("one\n")
+    (folder / "modalkit.yaml").write_text('model_settings: {model_entries: {h: {pipeline: "hanging:Hanging"}}}')
+    done = bench(*arguments, "--start-timeout", "0.1")
+    assert isinstance(done.exception, BenchError)
+    assert f"{what} was not ready within 0.1 s" in str(done.exception)
+
+
+LOGGING_PID = """
+import os
+from pathlib import Path
+from tests.support.length_model import LengthPipeline
+
+print("see http://10.0.0.1/1", flush=True)  # no address of the service
+
+class LoggingPid(LengthPipeline):
+    def warm_up(self):
+        Path("pid").write_text(f"{os.getpid()}")
+"""
+
+
+def test_sigterm_stops_what_was_started(folder: Path) -> None:
+    (folder / "logging_pid.py").write_text(LOGGING_PID)
+    (folder / "items.txt").write_text("one\n")
+    entry = 'model_settings: {model_entries: {l: {pipeline: "logging_pid:LoggingPid"}}}'
+    (folder / "modalkit.yaml").write_text(entry)
+    command = [sys.executable, *MODALKIT, "bench", "serve", "-i", "items.txt", "--seconds", "60", "--clients", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        while "The load generator itself" not in (line := running.stderr.readline()):
+            assert line
+        running.send_signal(signal.SIGTERM)
+        running.stderr.read()
+    assert running.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((folder / "pid").read_text()), 0)
+
+
+def test_a_model_that_the_service_cannot_load_is_told_at_once(bench: Bench, folder: Path) -> None:
+    fails = '    fails: {pipeline: "tests.support.length_model:UnloadablePipeline"}\n'
+    (folder / "modalkit.yaml").write_text(CONFIGURATION + fails)
+    (folder / "items.txt").write_text("one\n")
+    done = bench("serve", "--model", "fails", "-i", "items.txt")
+    assert isinstance(done.exception, BenchError)
+    assert "modalkit serve could not load fails: " in str(done.exception)
+    assert "the weights are not there" in str(done.exception)
+
+
 @pytest.mark.parametrize("queue", ["webhook", "redis"])
 def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, queue: str) -> None:
     bench("serve", "--mode", "async", "--queue", queue, "--list-length", "10", "--length-mix", "3")
@@ -258,6 +352,7 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["modal:app"], "give modal:APP/CLASS"),
         (["docker:"], "is no target"),
         (["http://"], "names no server"),
+        (["http://me:word@127.0.0.1:1"], "give a user and password by --header 'Authorization: Basic ...'"),
     ],
 )
 def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments: list[str], message: str) -> None:
@@ -300,6 +395,12 @@ def test_a_trace_that_is_over_within_the_warm_up_is_refused(bench: Bench, folder
     assert "--arrivals short.txt: its 0.5 s are over within the warm-up" in str(done.exception)
     done = bench("worker", "--arrivals", "short.txt", "--rate", "4", "--warm-up", "1")
     assert "--arrivals 4/s short.txt: its 0.5 s are over" in str(done.exception)
+
+
+def test_a_password_in_the_url_of_a_queue_is_in_no_result() -> None:
+    for url, shown in {"redis://:word@h:1/0": "redis://h:1/0", "redis": "redis"}.items():
+        given: dict[str, Any] = {field.name: None for field in fields(Options)} | {"queue": url}
+        assert as_settings(Options(**given))["queue"] == shown
 
 
 @pytest.mark.parametrize("option", ["--seconds", "--timeout", "--p99-ms", "--price-per-hour"])

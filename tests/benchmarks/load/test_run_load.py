@@ -1,6 +1,7 @@
 """Loads on a real server, from real processes."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, proce
 from modalkit.benchmarks.load.capacity import instant_server
 from modalkit.benchmarks.load.figures import measured_of
 from modalkit.benchmarks.load.processes import is_steady
-from modalkit.benchmarks.load.spawned import spawned
+from modalkit.benchmarks.load.spawned import FILES_WITHOUT_LIMIT, raise_open_files, spawned
 from modalkit.benchmarks.load.worker_process import GO, PartResult
 from tests.support.guides import blocks, guide
 
@@ -44,7 +45,7 @@ def test_requests_that_end_before_this_process_has_its_next_turn_are_counted(
         """A pipe that says go and returns once there is an answer."""
 
         def __init__(self, pipe: Connection) -> None:
-            self.fileno, self.recv, self._pipe = pipe.fileno, pipe.recv, pipe
+            self.fileno, self.recv, self.poll, self._pipe = pipe.fileno, pipe.recv, pipe.poll, pipe
 
         def send(self, message: object) -> None:
             self._pipe.send(message)
@@ -150,6 +151,23 @@ def test_clients_beyond_the_limit_of_open_files_are_no_fault_of_the_server(limit
         assert said.startswith("0"), "the limit that it may raise is raised"
     else:
         assert said.endswith("the load generator may open no more connections: Too many open files")
+
+
+@pytest.mark.parametrize(("soft", "most"), [(256, FILES_WITHOUT_LIMIT), (50_000, 50_000)])
+def test_files_may_be_opened_where_the_system_names_no_limit(
+    monkeypatch: pytest.MonkeyPatch, soft: int, most: int
+) -> None:
+    limits = [(soft, resource.RLIM_INFINITY)]
+
+    def set_limits(_: int, wanted: tuple[int, int]) -> None:
+        if wanted[0] == resource.RLIM_INFINITY:
+            raise ValueError("current limit exceeds maximum limit")  # as macOS does
+        limits.append(wanted)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", set_limits)
+    raise_open_files()
+    assert limits[-1] == (most, resource.RLIM_INFINITY)
 
 
 def test_each_client_has_a_connection(server: str) -> None:
