@@ -13,8 +13,9 @@ once have, it waits for none. Measured at 110 texts per second, half of what 2 c
 latencies is 47 to 77 ms with two threads for a batch that begins alone, and 42 to 50 ms with one. Which is better
 changes with the load, so it is found by trials (`_Trials`).
 
-A container may have a quota of CPU time. Threads that spin use it up at the begin of each period, and then all of them
-stop until the next one. So torch has no more threads than the cores that the quota is worth.
+A container, or a service of systemd, may have a quota of CPU time. Threads that spin use it up at the begin of each
+period, and then all of them stop until the next one. So torch has no more threads than the cores that the quota is
+worth.
 """
 
 import math
@@ -24,12 +25,11 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 import torch
 
-from modalkit.pipelines.memory import CGROUP
+from modalkit.pipelines.memory import CGROUP, control_groups
 
 MAX_IN_FLIGHT = 4
 """Most batches that run at once on a CPU; more would divide the requests that wait into ever smaller batches."""
@@ -148,9 +148,10 @@ class CpuThreads:
         torch.set_num_threads(total)
 
     def limit_to_quota(self, cgroup: Path = CGROUP) -> None:
-        """Use no more threads than the cores whose time the container may use."""
-        if (cores := _quota_cores(cgroup)) is not None and cores < self.total:
-            self.set_total(cores)
+        """Use no more threads than the cores whose time the container, or the service of systemd, may use."""
+        quotas = [cores for group in control_groups(cgroup) if (cores := _quota_cores(group)) is not None]
+        if quotas and min(quotas) < self.total:
+            self.set_total(min(quotas))
 
     def share(self, in_flight: int) -> None:
         """Let this thread's next operations use its part of the threads while `in_flight` batches run.
@@ -214,12 +215,19 @@ def _quota_cores(cgroup: Path) -> int | None:
     return None
 
 
-@cache
+_MADE: list[CpuThreads] = []
+_MAKING = threading.Lock()
+
+
 def cpu_threads() -> CpuThreads:
     """The one of this process. The first call must come before any number of threads was set for one thread only.
 
     Torch keeps more threads than the quota is worth in a thread that has used it before.
     """
-    threads = CpuThreads()
-    threads.limit_to_quota()
-    return threads
+    if not _MADE:
+        with _MAKING:  # several models may load at once
+            if not _MADE:
+                threads = CpuThreads()
+                threads.limit_to_quota()
+                _MADE.append(threads)
+    return _MADE[0]

@@ -4,6 +4,8 @@ import hashlib
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import anyio
 import pytest
 import torch
 
+from modalkit.pipelines import memory
 from modalkit.pipelines.cpu_threads import (
     MAX_IN_FLIGHT,
     MAX_PAUSE,
@@ -176,17 +179,37 @@ def test_a_thread_has_its_part_and_all_others_have_what_they_had(in_flight: int,
         ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
         ({}, 4),
+        ({"system.slice/a.service/cpu.max": "50000 100000\n", "system.slice/cpu.max": "max 100000\n"}, 1),
+        ({"system.slice/a.service/cpu.max": "max 100000\n", "system.slice/cpu.max": "300000 100000\n"}, 3),
+        ({"system.slice/b.service/cpu.max": "100000 100000\n"}, 4),
     ],
 )
-def test_there_are_no_more_threads_than_a_container_may_use_cores(
-    files: dict[str, str], total: int, tmp_path: Path
+def test_there_are_no_more_threads_than_a_container_or_a_service_may_use_cores(
+    files: dict[str, str], total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "own").write_text("1:cpu:/other\n0::/system.slice/a.service\n")
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "own")
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     threads = CpuThreads()
     threads.limit_to_quota(tmp_path)
     assert (threads.total, torch.get_num_threads(), threads_in_a_new_thread()) == (total,) * 3
+
+
+def test_models_that_load_at_once_share_the_threads() -> None:
+    program = (
+        "import sys, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from modalkit.pipelines.cpu_threads import cpu_threads\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "all_of_them = threading.Barrier(8)\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    asked = pool.map(lambda _: (all_of_them.wait(), cpu_threads())[1], range(8))\n"
+        "print(len(set(asked)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 @pytest.mark.parametrize(("total", "in_flight"), [(1, 1), (2, 2), (64, MAX_IN_FLIGHT)])

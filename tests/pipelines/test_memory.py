@@ -20,9 +20,15 @@ def test_the_limit_of_a_container_counts_without_what_it_could_give_back(
     assert of_machine is not None
     assert of_machine > 0
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "own")
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("800000\n")
     (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\n")
     assert memory.free_bytes() == 500_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes() != 500_000
+    (tmp_path / "own").write_text("0::/a.service\n")
+    (tmp_path / "a.service").mkdir()
+    for name, text in {"max": "900000\n", "current": "800000\n", "stat": "anon 800000\n"}.items():
+        (tmp_path / "a.service" / f"memory.{name}").write_text(text)
+    assert memory.free_bytes() == 100_000
