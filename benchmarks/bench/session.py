@@ -127,11 +127,11 @@ class OpenSession:
             end_s = measured.begin_s + measured.elapsed_s
             records = [record for at_s, record in measured.kept if measured.begin_s <= at_s <= end_s]
             return measured, of_records(records, measured.setup, measured.elapsed_s, measured.mean_s)
-        scrapes = Scrapes(self.running.url, self.session.headers, load.warm_up_s)
+        scrapes = Scrapes(self.running.url, self.session.headers, load.warm_up_s, load.warm_up_s + load.seconds)
         measured = self._send(load, name, scrapes.on_progress)
         is_one_prediction = self.session.receiver is None and self.endpoint.list_length == 1
         mean_s = measured.mean_s if is_one_prediction else None
-        return measured, server_side(scrapes.before, scrapes.scrape(), mean_s)
+        return measured, server_side(scrapes.before, scrapes.at_end(), mean_s)
 
     def _send(self, load: Load, name: str, on_progress: Callable[[float], object] = lambda _: None) -> Measured:
         session = self.session
@@ -203,24 +203,28 @@ def cell_of(
 
 
 class Scrapes:
-    """The metrics of a server when the warm-up is over."""
+    """The metrics of a server when the warm-up is over, and at the end of the measured time."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], warm_up_s: float) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], warm_up_s: float, end_s: float) -> None:
         self._arguments = url, headers
         self._warm_up_s = warm_up_s
+        self._end_s = end_s
         self.before: Any = None
+        self._after: Any = None
         self._last_s = -1.0
 
-    def scrape(self) -> Any:
-        """The metrics now."""
-        return scrape(*self._arguments)
+    def at_end(self) -> Any:
+        """The metrics at the end of the measured time; now, where it ended earlier."""
+        return scrape(*self._arguments) if self._after is None else self._after
 
     def on_progress(self, elapsed_s: float) -> None:
-        """Keep the metrics once the warm-up is over, so many seconds after the begin."""
+        """Keep the metrics once the warm-up is over, and at the end, so many seconds after the begin."""
         last_s, self._last_s = self._last_s, elapsed_s
         begins_anew = elapsed_s < last_s  # with more processes
         if elapsed_s >= self._warm_up_s and (begins_anew or last_s < self._warm_up_s):
-            self.before = self.scrape()
+            self.before, self._after = scrape(*self._arguments), None
+        elif elapsed_s >= self._end_s:
+            self._after = scrape(*self._arguments)
 
 
 def _counts(deliveries: Sequence[Delivery]) -> dict[str, int]:

@@ -135,7 +135,6 @@ def _results(
         elapsed_s = time.perf_counter() - began_s
         answered, failed = (sum(column) for column in zip(*progress.values(), strict=True))
         if stopped_s is None:
-            on_progress(elapsed_s, answered, failed)
             timeline.append((elapsed_s, answered))
             is_over = longest_s is not None and elapsed_s >= longest_s
             was_steady = load.until_steady and is_steady(timeline, load.warm_up_s)
@@ -144,6 +143,7 @@ def _results(
                 for pipe in open_pipes:
                     with suppress(BrokenPipeError):
                         pipe.send(STOP)
+            on_progress(elapsed_s, answered, failed)  # it may take its time, so after the word stop
         elif time.perf_counter() > stopped_s + 2 * load.timeout_s + END_S:
             raise BenchError(f"the last requests did not end within {2 * load.timeout_s + END_S:g} s")
     return results, stopped_s if stopped_s is not None else time.perf_counter(), was_steady

@@ -336,10 +336,23 @@ def test_a_load_that_begins_anew_with_more_processes_is_told_from_its_own_begin(
 ) -> None:
     scraped = iter(range(9))
     monkeypatch.setattr(session, "scrape", lambda *_: next(scraped))
-    found = session.Scrapes("http://x", {}, warm_up_s=2.0)
-    for elapsed_s, before in ((0.1, None), (2.1, 0), (3.0, 0), (0.1, 0), (2.0, 1), (2.5, 1)):
+    found = session.Scrapes("http://x", {}, warm_up_s=2.0, end_s=3.0)
+    for elapsed_s, before in ((0.1, None), (2.1, 0), (2.9, 0), (0.1, 0), (2.0, 1), (2.5, 1)):
         found.on_progress(elapsed_s)
         assert found.before == before
+
+
+def test_what_the_server_does_after_the_measured_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    scraped = iter(range(9))
+    monkeypatch.setattr(session, "scrape", lambda *_: next(scraped))
+    found = session.Scrapes("http://x", {}, warm_up_s=2.0, end_s=12.0)
+    for elapsed_s in (0.1, 2.1, 11.9, 12.1):
+        found.on_progress(elapsed_s)
+    assert (found.before, found.at_end(), found.at_end()) == (0, 1, 1)
+    steady = session.Scrapes("http://x", {}, warm_up_s=2.0, end_s=12.0)
+    for elapsed_s in (2.1, 9.0):
+        steady.on_progress(elapsed_s)
+    assert (steady.before, steady.at_end()) == (2, 3), "it ended earlier"
 
 
 def test_a_machine_without_nvml_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
