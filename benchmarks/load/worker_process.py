@@ -94,10 +94,10 @@ async def _run(part: Part, pipe: Connection) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     async with part.target.opened() as call:
-        pipe.send(READY)
-        await go.wait()
         gc.collect()
         gc.freeze()
+        pipe.send(READY)
+        await go.wait()
         list_length = getattr(part.target, "list_length", 1)  # what is not HTTP takes single items
         telling = asyncio.create_task(_tell(samples, list_length, pipe))
         began_s, cpu_s = time.perf_counter(), time.process_time()

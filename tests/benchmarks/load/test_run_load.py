@@ -1,5 +1,6 @@
 """Loads on a real server, from real processes."""
 
+import gc
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ import pytest
 
 from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, processes, run_load
 from modalkit.benchmarks.load.capacity import instant_server
+from modalkit.benchmarks.load.client import HttpTarget
 from modalkit.benchmarks.load.figures import measured_of
 from modalkit.benchmarks.load.processes import is_steady
 from modalkit.benchmarks.load.spawned import FILES_WITHOUT_LIMIT, raise_open_files, spawned
-from modalkit.benchmarks.load.worker_process import GO, PartResult
+from modalkit.benchmarks.load.worker_process import GO, READY, STOP, Part, PartResult, run_part
 from tests.support.guides import blocks, guide
 
 ITEMS = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
@@ -168,6 +171,36 @@ def test_files_may_be_opened_where_the_system_names_no_limit(
     monkeypatch.setattr(resource, "setrlimit", set_limits)
     raise_open_files()
     assert limits[-1] == (most, resource.RLIM_INFINITY)
+
+
+def test_garbage_is_collected_before_the_load_and_not_in_its_time(server: str) -> None:
+    class Pipe:
+        """What the parent says, and how many objects were frozen when the process was ready."""
+
+        def __init__(self, part: Part) -> None:
+            self._words = SimpleQueue[object]()
+            self._words.put(part)
+            self.frozen = 0
+
+        def recv(self) -> object:
+            return self._words.get()
+
+        def send(self, message: object) -> None:
+            if message == READY:
+                self.frozen = gc.get_freeze_count()
+                self._words.put(GO)
+            elif isinstance(message, PartResult):
+                self._words.put(STOP)
+
+    endpoint = Endpoint(server + "/echo")
+    target = HttpTarget(url=endpoint.url, requests=endpoint.requests(ITEMS))
+    pipe = Pipe(Part(target, Load(clients=1, requests=1)))
+    gc.unfreeze()
+    try:
+        run_part(pipe)  # type: ignore[arg-type]  # as far as it is used
+    finally:
+        gc.unfreeze()
+    assert pipe.frozen > 0
 
 
 def test_each_client_has_a_connection(server: str) -> None:
