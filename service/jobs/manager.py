@@ -2,10 +2,10 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import repeat
-from typing import Protocol, Self, TypeVarTuple, Unpack
+from typing import Any, Protocol, Self, TypeVarTuple, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
@@ -150,7 +150,7 @@ class JobManager(AsyncContextManagerMixin):
         """Held by the feed that runs a quarantined group, from before it is claimed until its ends are stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._watches: defaultdict[str, set[_Watch]] = defaultdict(set)
-        self._background: TaskGroup
+        self._background: TaskGroup | None = None
         self.may_wait = True
         """Whether callers may wait for jobs to end: until `stop_waiting`."""
 
@@ -168,8 +168,15 @@ class JobManager(AsyncContextManagerMixin):
             background.start_soon(self._sweep)
             yield self
 
-    def start_soon(self, function: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether the manager has been entered."""
+        return self._background is not None
+
+    def start_soon(self, function: Callable[[*Ts], Coroutine[Any, Any, object]], *args: *Ts) -> None:
         """Run a function, which must raise nothing, beside the jobs; it is cancelled when the manager is left."""
+        if self._background is None:
+            raise RuntimeError("the job manager is not open: enter it first")
         self._background.start_soon(function, *args)
 
     async def _recover(self) -> None:

@@ -50,6 +50,7 @@ class TlsListener:
         self._connections = connections
         self._limits = limits
         self._loop = asyncio.get_running_loop()
+        self._accepted = set[socket.socket]()  # those whose handshake has not begun
         self._handshakes = set[asyncio.Task[None]]()
         listener.setblocking(False)
         self._accepting = self._loop.create_task(self._accept())
@@ -65,12 +66,14 @@ class TlsListener:
             if len(self._connections) + len(self._handshakes) >= self._limits.max_connections:
                 connection.close()
             else:
+                self._accepted.add(connection)
                 handshake = self._loop.create_task(self._shake_hands(connection))
                 self._handshakes.add(handshake)
                 handshake.add_done_callback(self._handshakes.discard)
             await asyncio.sleep(0)  # `sock_accept` does not wait where another one is there already
 
     async def _shake_hands(self, connection: socket.socket) -> None:
+        self._accepted.discard(connection)
         try:
             if connection.family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -87,6 +90,8 @@ class TlsListener:
         """Accept no more, and end the handshakes; for uvicorn, as the next method."""
         for task in (self._accepting, *self._handshakes):
             task.cancel()
+        for connection in self._accepted:
+            connection.close()  # a task that is cancelled before it began does not
 
     async def wait_closed(self) -> None:
         """Wait until no more is accepted."""

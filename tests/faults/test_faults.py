@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -66,7 +67,7 @@ def test_a_batch_whose_requests_are_submitted_when_the_service_is_killed_is_whol
         server.kill()
         assert jobs < count
         server.start()
-        batch = {"status": "validating"}
+        batch: dict[str, Any] = {"status": "validating"}
         while batch["status"] in ("validating", "in_progress"):
             time.sleep(0.05)
             batch = client.get(f"/v1/batches/{batch_id}").json()

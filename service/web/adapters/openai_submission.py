@@ -104,9 +104,9 @@ class Submissions:
 
     @asynccontextmanager
     async def resumed(self, _: object) -> AsyncGenerator[None]:
-        """The lifespan of an application: go on with what an earlier process left."""
+        """The lifespan of an application: go on with what an earlier process left, if the gateway is open."""
         manager = self._gateway.jobs.administration
-        if manager is not None:
+        if manager is not None and manager.is_open:
             manager.start_soon(self._resume, manager)
         yield
 

@@ -438,7 +438,7 @@ async def test_bulk_jobs_take_no_place_of_large_interactive_ones(path: Path, mon
     """Of which only some are claimed at once, because of their size."""
     monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_PER_READ), "10000"))
     monkeypatch.setattr(sql, "BYTES_PER_READ", 10_000)
-    large = {"message_json": json.dumps({"a": "x" * 1000}), "priority": Priority.INTERACTIVE}
+    large: dict[str, Any] = {"message_json": json.dumps({"a": "x" * 1000}), "priority": Priority.INTERACTIVE}
     async with SqliteJobStore(path) as store:
         await store.add([replace(new_job(f"bulk {n:02}"), priority=Priority.BULK) for n in range(20)])
         await store.add([replace(new_job(f"large {n}"), **large) for n in range(6)])

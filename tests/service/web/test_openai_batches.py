@@ -308,6 +308,7 @@ async def test_a_batch_is_there_before_its_requests_are_submitted_and_its_file_s
         batch = await created(ask, file_id := await uploaded(ask, *steps(2)))
         await has_begun.wait()
         batch = await ask.batches.retrieve(batch.id)
+        assert batch.request_counts is not None
         assert (batch.status, batch.request_counts.total, batch.output_file_id) == ("validating", 1024, None)
         with pytest.raises(openai.ConflictError, match=f"remove it once {batch.id} is no more `validating`"):
             await ask.files.delete(file_id)
@@ -330,6 +331,7 @@ async def test_no_request_is_submitted_after_the_cancellation_of_its_batch(
         batch = await created(ask, file_id)
         await has_begun.wait()
         batch = await ask.batches.cancel(batch.id)
+        assert batch.request_counts is not None
         assert (batch.status, batch.request_counts.total) == ("cancelled", 2048)
         may_go_on.set()
         await ask.files.delete(file_id)  # nothing reads it any more
