@@ -141,7 +141,7 @@ async def test_what_fails_is_an_error_in_its_spans_without_the_text(
     assert "a secret" not in everything
 
 
-@pytest.mark.parametrize("path", ["/jobs/x", f"/jobs/{new_job_id()}"])
+@pytest.mark.parametrize("path", ["/jobs/x", f"/jobs/{new_job_id()}"], ids=["id of others", "own id"])
 async def test_the_text_of_an_unexpected_error_is_in_no_span(
     exporter: InMemorySpanExporter, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
