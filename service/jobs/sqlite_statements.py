@@ -34,7 +34,7 @@ READ = f"""
         ) WHERE size <= {BYTES_PER_READ}
     )
 """  # noqa: S608  # as above
-SIZES = f"SELECT {SIZE}, {{columns}} FROM jobs WHERE seq IN ({{chosen}})"  # noqa: S608  # as above
+SIZES = f"SELECT {SIZE}, {{columns}} FROM jobs WHERE seq IN ({{chosen}}) ORDER BY seq"  # noqa: S608  # as above
 """The bytes of each chosen job, and `columns` of it."""
 READ_FIRST = f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE seq = (SELECT min(seq) FROM ({{chosen}}))"  # noqa: S608  # as above
 _CLAIMABLE = "status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ?1 AND priority = ?2"
