@@ -112,7 +112,7 @@ class KeptBatches:
             raise ProblemError(HTTPStatus.CONFLICT, detail)
         await self._read(FILE, file_id)
         if (batch_id := self._submissions.batch_of_file(file_id)) is not None:
-            detail = f"{file_id} is still read: remove it once {batch_id} is no more `validating`"
+            detail = f"{file_id} is still read: remove it once {batch_id} is no longer `validating`"
             raise ProblemError(HTTPStatus.CONFLICT, detail)
         await self.documents.remove_document(file_id)
 

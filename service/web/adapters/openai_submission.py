@@ -153,7 +153,7 @@ class Submissions:
                     try:
                         async with self._places:
                             await self._go_on(manager, batch_id, caller)
-                    except (NotReadyError, JobStoreError) as error:
+                    except (NotReadyError, JobStoreError, ProblemError) as error:
                         logger.warning("Batch %s is not submitted whole yet; trying again: %s", batch_id, error)
                     except Exception:  # a record that cannot be read, for example
                         logger.exception("Batch %s cannot be submitted", batch_id)
@@ -168,7 +168,7 @@ class Submissions:
     async def _go_on(self, manager: JobManager, batch_id: str, caller: Caller | None) -> None:
         """Check the requests and submit what is left; where that cannot be done, the batch fails.
 
-        Raises `NotReadyError` and `JobStoreError` where it may be done later.
+        Raises `NotReadyError`, `JobStoreError` and `ProblemError` where it may be done later.
         """
         record = await record_of(manager.documents, batch_id)
         if record is None:
@@ -195,6 +195,8 @@ class Submissions:
 
     async def _check(self, manager: JobManager, record: BatchRecord, caller: Caller | None) -> None:
         """Count the requests, and find what is wrong with their lines. Raises `ProblemError` for a caller's limit."""
+        if caller is not None:
+            caller.take_items(0)  # before the file is read
         with closing(sqlite3.connect("")) as seen:  # in a temporary file, because there may be millions
             seen.execute("CREATE TABLE ids (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
             async for lines in self._lines_of(manager, record):
@@ -346,8 +348,10 @@ async def check_room(documents: JobStore, limits: RequestConfig, more_bytes: int
 
 def _may_be_done_later(error: Exception) -> bool:
     """Whether a submission that raised this is tried again; else its batch fails."""
+    if isinstance(error, ProblemError):
+        return error.status is HTTPStatus.TOO_MANY_REQUESTS
     if isinstance(error, NotReadyError):
-        return error.readiness not in (Readiness.FAILED, Readiness.BROKEN)
+        return error.readiness is not Readiness.FAILED  # one that is broken runs after the next start
     return isinstance(error, JobStoreError) and not isinstance(error, JobStoreFullError)
 
 

@@ -22,6 +22,7 @@ from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.adapters import openai_submission
 from modalkit.service.web.adapters.openai_submission import BATCH, read_request
+from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import LINES_AT_ONCE, Line
 from modalkit.service.web.problems import ProblemError
@@ -310,7 +311,7 @@ async def test_a_batch_is_there_before_its_requests_are_submitted_and_its_file_s
         batch = await ask.batches.retrieve(batch.id)
         assert batch.request_counts is not None
         assert (batch.status, batch.request_counts.total, batch.output_file_id) == ("validating", 1024, None)
-        with pytest.raises(openai.ConflictError, match=f"remove it once {batch.id} is no more `validating`"):
+        with pytest.raises(openai.ConflictError, match=f"remove it once {batch.id} is no longer `validating`"):
             await ask.files.delete(file_id)
         may_go_on.set()
         batch = await while_status(ask, batch, "validating", "in_progress")
@@ -381,18 +382,38 @@ async def opened(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
             yield client
 
 
+@pytest.mark.parametrize("readiness", [Readiness.LOADING, Readiness.BROKEN])
 async def test_a_batch_waits_until_its_model_takes_jobs(
-    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch, readiness: Readiness
 ) -> None:
+    """Where it is broken, the process is about to be replaced."""
     submit, calls = gateway.jobs.submit, itertools.count()
     monkeypatch.setattr(openai_submission, "backoff_with_jitter", lambda *_, **__: 0)
 
     async def refuse_once(*args: Any, **options: Any) -> Any:
         if not next(calls):
-            raise NotReadyError("lengths", Readiness.LOADING)
+            raise NotReadyError("lengths", readiness)
         return await submit(*args, **options)
 
     monkeypatch.setattr(gateway.jobs, "submit", refuse_once)
+    async with client_of(client) as ask:
+        batch = await ran(ask, await uploaded(ask, request("a", text="x", model="lengths")))
+        assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+
+
+async def test_a_batch_waits_while_its_key_is_over_its_limit_of_items(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after another batch, whose requests were counted after this one was accepted."""
+    take, calls = Caller.take_items, itertools.count()
+    monkeypatch.setattr(openai_submission, "backoff_with_jitter", lambda *_, **__: 0)
+
+    def refuse_once(caller: Caller, count: int) -> None:
+        if count and not next(calls):
+            raise ProblemError(HTTPStatus.TOO_MANY_REQUESTS, "this API key has reached its limit")
+        take(caller, count)
+
+    monkeypatch.setattr(Caller, "take_items", refuse_once)
     async with client_of(client) as ask:
         batch = await ran(ask, await uploaded(ask, request("a", text="x", model="lengths")))
         assert (batch.status, batch.request_counts.completed) == ("completed", 1)
