@@ -82,7 +82,10 @@ class DirectRequest(Request):
 
 
 class DirectResponse(Response):
-    """An answer in JSON, made in a third of the time. One to a request that has changed something is never refused."""
+    """An answer in JSON, made in a third of the time.
+
+    One to a request that has changed something must say that it may not be refused.
+    """
 
     def __init__(
         self,

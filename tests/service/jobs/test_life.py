@@ -77,7 +77,7 @@ def test_a_repetition_asks_for_the_same_and_has_the_same_digest() -> None:
     again = queued("b", {"text": "a"}, now=9.0, success_queue="ok", meta={"n": 1}, expires_in=7.0)
     assert life.is_same_request(first, again)
     assert life.request_digest(first) == life.request_digest(again)
-    for field in ("model_name", "message_json", "success_queue", "failure_queue", "meta_json"):
+    for field in ("model_name", "message_json", "success_queue", "failure_queue", "meta_json", "batch_id"):
         other = replace(first)
         setattr(other, field, "other")
         assert not life.is_same_request(first, other)
