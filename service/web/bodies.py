@@ -134,12 +134,12 @@ class BodyParser:
     def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
         _check_item(body, self._admission.limits)
         if self._takes_envelope and _ENVELOPE.match(body):
-            return _parse(self._envelope, body, what, explain=explain).message
-        return _parse(self._item, body, what, explain=explain)
+            return parsed_as(self._envelope, body, what, explain=explain).message
+        return parsed_as(self._item, body, what, explain=explain)
 
     def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
         _check_item(body, self._admission.limits)
-        (job,) = _checked_jobs((_parse(self._job, body, what, explain=explain),))
+        (job,) = _checked_jobs((parsed_as(self._job, body, what, explain=explain),))
         if isinstance(job, Failure):
             raise job.error
         return job
@@ -199,7 +199,7 @@ class BodyParser:
                         check_keys(part)
                         found += valid
                         continue
-                values = _parse(RootModel[list[Any]], part).root
+                values = parsed_as(RootModel[list[Any]], part).root
                 check_count(len(values), limits)
             await _pause_after(part)
             found += await self._admission.map(partial(map, parse_one), values)
@@ -210,7 +210,7 @@ async def read_as(model: type[Model], request: Request) -> Model:
     check_encoding(request)
     body = await read_body(request)
     _check_item(body, reception_of(request.scope).limits)
-    parsed = _parse(model, body)
+    parsed = parsed_as(model, body)
     await _pause_after(body)
     return parsed
 
@@ -361,7 +361,8 @@ def _checked_job(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
     return job
 
 
-def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool = True) -> Model:
+def parsed_as(model: type[Model], body: bytes, what: str = "body", *, explain: bool = True) -> Model:
+    """JSON as an instance of `model`. Raises `ProblemError`, without the reasons unless they are to be explained."""
     try:
         # As `model_validate_json`, which checks its arguments first.
         parsed: Model = model.__pydantic_validator__.validate_json(body)

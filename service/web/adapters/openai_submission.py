@@ -14,8 +14,8 @@ from itertools import count
 from typing import Any, Literal
 
 import anyio
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic import BaseModel
+from pydantic_core import to_json
 
 from modalkit.batching import Failure
 from modalkit.batching.errors import users_error
@@ -32,9 +32,9 @@ from modalkit.service.web.adapters.openai_shapes import BatchError, BatchObject,
 from modalkit.service.web.adapters.tasks import EMBEDDING
 from modalkit.service.web.admission import Admission
 from modalkit.service.web.auth import Caller
-from modalkit.service.web.bodies import BodyParser, check_keys
+from modalkit.service.web.bodies import BodyParser, parsed_as
 from modalkit.service.web.lines import Line, Lines, lines_of
-from modalkit.service.web.problems import ProblemError, as_problem, invalid
+from modalkit.service.web.problems import ProblemError, as_problem
 
 logger = logging.getLogger(__name__)
 
@@ -303,14 +303,7 @@ def read_request(line: Line, endpoint: str) -> BatchRequest:
     """What a line asks for. Raises `ProblemError`."""
     if isinstance(line.content, ProblemError):
         raise line.content.with_traceback(None)  # many lines may share one error
-    try:
-        asked = BatchRequest.model_validate(from_json(line.content))
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False), BatchRequest) from None
-    except ValueError as error:
-        reason = str(error).replace(" at line 1 column", " at column")  # a line is one of many
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"is not JSON: {reason}; correct it there") from None
-    check_keys(line.content, "line")
+    asked = parsed_as(BatchRequest, line.content, "line")
     if asked.url != endpoint:
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"url: must be that of the batch, {endpoint}")
     return asked

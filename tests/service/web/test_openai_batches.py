@@ -157,7 +157,7 @@ async def test_a_file_with_a_wrong_line_runs_nothing(client: httpx.AsyncClient) 
     [
         (
             b'\xef\xbb\xbf{"custom_id": "a", "url": "/sync/predict", "body": {}}',
-            "is not JSON: expected value at column 1",
+            "the line is not JSON: it begins with a byte order mark",
         ),
         (b'{"custom_id": 1, "url": "/sync/predict", "body": {}}', "custom_id: must be a text, a JSON string"),
         (b'{"url": "/sync/predict", "body": []}', "custom_id: is missing: add it; body: must be a JSON object"),
