@@ -439,6 +439,7 @@ async def test_certificates_are_checked_against_the_name_and_not_the_address(tmp
     receiver.stop()
 
 
+@pytest.mark.filterwarnings("ignore:Async generator 'httpcore:ResourceWarning")  # it leaves the body it could not send
 async def test_a_server_that_refuses_the_connection_after_the_handshake_is_named(tmp_path: Path) -> None:
     """As one that asks for a client's certificate: by TLS 1.3, the refusal comes in place of the answer."""
     server_tls, client_tls = certificate_for("hooks.example", tmp_path)
