@@ -136,11 +136,15 @@ class Exploration:
         self._refused_s = 0.0  # the predicted loss of the trial that was refused last
         self._interval = MIN_TRIAL_INTERVAL
         self._batches_to_trial = MIN_TRIAL_INTERVAL
-        self._trials = 0
+        self._turn = 0
 
     def count(self, usual: int, limit: int) -> int:
         """The requests of the next trial in place of a batch of `usual`, if batches may hold `limit`."""
-        return int(min(limit, usual * TRIAL_FACTORS[self._trials % len(TRIAL_FACTORS)]))
+        return int(min(limit, usual * TRIAL_FACTORS[self._turn % len(TRIAL_FACTORS)]))
+
+    def skip(self) -> None:
+        """Go on to the next number of requests, because no such batch may be tried now."""
+        self._turn += 1
 
     @property
     def is_due(self) -> bool:
@@ -164,7 +168,7 @@ class Exploration:
 
     def record_trial(self, loss_s: float) -> None:
         """Take a trial into account that lost `loss_s` seconds; a negative loss is a gain."""
-        self._trials += loss_s > 0
+        self._turn += loss_s > 0
         self._credit_s -= max(0.0, loss_s)
         self._refused_s = 0.0
         self._interval = min(2 * self._interval, MAX_TRIAL_INTERVAL) if loss_s > 0 else MIN_TRIAL_INTERVAL

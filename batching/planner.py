@@ -276,15 +276,14 @@ class BatchPlanner(Generic[RequestT]):
         if not exploration.is_due:
             return batch
         count = exploration.count(usual, limit)
-        if not MIN_TRIAL_FACTOR * usual <= count <= self.queue.waiting(batch.priority):
-            return batch
-        larger = device.former.form_full(batch.requests[0], count)
-        baseline_s = batch.predicted_s / batch.total * larger.total
-        loss_s = larger.predicted_s - baseline_s
-        is_large = len(larger.requests) >= MIN_TRIAL_FACTOR * usual  # else too few of similar sizes wait
-        is_acceptable = batch.priority is Priority.BULK or loss_s <= batch.predicted_s
-        if is_large and is_acceptable and exploration.allow(loss_s):
-            return replace(larger, baseline_s=baseline_s)
+        if MIN_TRIAL_FACTOR * usual <= count <= self.queue.waiting(batch.priority):
+            larger = device.former.form_full(batch.requests[0], count)
+            baseline_s = batch.predicted_s / batch.total * larger.total
+            loss_s = larger.predicted_s - baseline_s
+            is_large = len(larger.requests) >= MIN_TRIAL_FACTOR * usual  # else too few of similar sizes wait
+            if is_large and (batch.priority is Priority.BULK or loss_s <= batch.predicted_s):
+                return replace(larger, baseline_s=baseline_s) if exploration.allow(loss_s) else batch
+        exploration.skip()
         return batch
 
     def _take(self, batch: Batch[RequestT], device: int) -> Batch[RequestT]:

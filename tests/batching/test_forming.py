@@ -52,6 +52,27 @@ def test_batches_of_a_second_whatever_is_in_them_become_full_ones_at_once() -> N
         assert len(counts) <= most, counts
 
 
+def test_larger_batches_are_tried_again_though_there_is_never_enough_for_a_full_one() -> None:
+    """Beyond 16 requests all take four times as long, until what disturbed the device ends."""
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_size=256), MeasuredCostModel())
+    push(plan, [20] * 40, BULK)
+
+    def usual(batches: int, factor: int) -> float:
+        counts, now = list[int](), 0.0
+        for _ in range(batches):
+            batch = next_batch(plan, now)
+            count = len(batch.requests)
+            seconds = (0.01 + 0.001 * count) * (factor if count > 16 else 1)
+            now += seconds
+            plan.end_batch(batch, seconds)
+            push(plan, [20] * count, BULK, now)
+            counts.append(count)
+        return median(counts[-100:])
+
+    assert usual(1_000, 4) <= 16
+    assert usual(5_000, 1) > 16
+
+
 def test_batches_become_full_ones_where_the_first_of_each_number_of_requests_is_slow() -> None:
     """A compiler that takes a second for each number of requests, which has run for one request at the start."""
     costs, compiled, counts = MeasuredCostModel(), {1}, list[int]()
