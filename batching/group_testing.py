@@ -130,7 +130,7 @@ class GroupTest(Generic[T]):
         # was so alone, and of each that is no cause.
         self._too_large: list[list[T]] = []
         self._too_large_alone, self._fitting = set[int](), set[int]()
-        self._is_over = self._is_late = False
+        self._is_over = False
         self._has_succeeded = False
         self._singles = self._timeouts = 0  # items of this batch that failed alone, and that timed out alone
 
@@ -145,10 +145,9 @@ class GroupTest(Generic[T]):
 
         A search that `is_late` is given up in any systemic failure, be it before 64 items have failed alone.
         """
-        self._is_late = is_late
         self._drop_unwanted()
         self._running, self._rest_of_group, self._group_count = [], [], len(self._group)
-        if self._should_stop():
+        if self._should_stop(is_late=is_late):
             self.unresolved = [*self._group, *(item for part in self._parts for item in part), *self.untested]
             self._group, self.untested = [], []
             self._parts.clear()
@@ -241,10 +240,10 @@ class GroupTest(Generic[T]):
     def _times_out_systemically(self) -> bool:
         return self._timeouts > 0 and self._history.timeouts >= TIMEOUTS_UNTIL_SYSTEMIC
 
-    def _should_stop(self) -> bool:
+    def _should_stop(self, *, is_late: bool) -> bool:
         if self._times_out_systemically:
             return True
-        gives_up = self._history.gives_up or (self._is_late and self._history.is_systemic)
+        gives_up = self._history.gives_up or (is_late and self._history.is_systemic)
         has_enough = self._singles >= min(SINGLES_OF_GIVEN_UP, self._count)
         return gives_up and not self._has_succeeded and has_enough
 

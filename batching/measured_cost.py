@@ -131,10 +131,7 @@ class MeasuredCostModel:
         if self.observed >= SETTLED_AFTER:
             tokens = count * longest if self._is_padded else total
             self._deviations.add((count, _tokens_key(tokens)), deviation, self._error)
-        if abs(deviation) < OUTLIER_LOG_RATIO:
-            self._predictable.add(count)
-        if count in self._predictable:
-            self._detect_change(deviation)
+        self._detect_change(count, deviation)
         weight = 1.0 if self.observed < REFIT_EVERY else _weight_of(deviation)
         # Instead of reducing the weight of all old batches, increase that of the new one: less to compute.
         self._newest_weight *= 1 + 1 / MEMORY_BATCHES
@@ -244,13 +241,16 @@ class MeasuredCostModel:
         else:
             self._use(self._assumed_costs())
 
-    def _detect_change(self, deviation: float) -> None:
+    def _detect_change(self, count: int, deviation: float) -> None:
         """Scale all costs if `CHANGE_AFTER` batches in a row were outliers on the same side: the device has changed."""
-        is_outlier = abs(deviation) >= OUTLIER_LOG_RATIO
-        if not is_outlier or (self._outliers and self._outliers[-1] * deviation < 0):
+        if abs(deviation) < OUTLIER_LOG_RATIO:
+            self._predictable.add(count)
             self._outliers.clear()
-        if not is_outlier:
             return
+        if count not in self._predictable:
+            return
+        if self._outliers and self._outliers[-1] * deviation < 0:
+            self._outliers.clear()
         self._outliers.append(deviation)
         if len(self._outliers) == CHANGE_AFTER:
             factor = math.exp(median(self._outliers))
