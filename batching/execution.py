@@ -304,9 +304,8 @@ class Executor(Generic[T, R]):
             return [*ended, (error, None)]
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
-            if task is None or not self.is_async or anyio.current_effective_deadline() == -math.inf:
+            if task is None or not self.is_async or not _has_cancelled_itself():
                 raise
-            # No cancel scope cancelled this task, so it was users' code that ran in it.
             while task.uncancel():
                 pass
             return [*ended, (as_exception(error), None)]
@@ -366,6 +365,18 @@ class Executor(Generic[T, R]):
         with anyio.move_on_after(max(0.0, left_s)):
             return await _call(thread, stage, payloads, *more)
         raise BatchTimeoutError(self._timeout_s, len(payloads))
+
+
+def _has_cancelled_itself() -> bool:
+    """Whether code that runs in this task of a task group cancelled it: no cancel scope did, and its host task goes on.
+
+    At the end of `asyncio.run` all tasks are cancelled. A host task that left its task group open has ended by then.
+    """
+    if anyio.current_effective_deadline() == -math.inf:
+        return False
+    host_id = anyio.get_current_task().parent_id
+    host = next((task for task in asyncio.all_tasks() if id(task) == host_id), None)
+    return host is not None and not host.cancelling()
 
 
 def _is_async(function: object) -> bool:

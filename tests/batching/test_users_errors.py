@@ -183,6 +183,30 @@ def test_a_batch_that_cancels_its_own_task_fails_and_ends_nothing_else() -> None
     assert [type(outcome) for outcome in outcomes] == [Success, Failure, Success, Success]
 
 
+def test_a_program_ends_that_leaves_a_scheduler_open_while_a_batch_runs() -> None:
+    """Then `asyncio.run` cancels all tasks, and waits until they have ended."""
+    ran = list[list[int]]()
+
+    async def main() -> BatchScheduler[int, int]:
+        is_running = asyncio.Event()
+
+        async def run(items: list[int]) -> list[int]:
+            ran.append(items)
+            is_running.set()
+            await anyio.sleep_forever()
+            return items
+
+        scheduler = BatchScheduler(run)
+        await scheduler.__aenter__()
+        for item in range(4):
+            scheduler.submit_nowait(item, lambda _: None)
+        await is_running.wait()
+        return scheduler
+
+    asyncio.run(main())
+    assert ran == [[0, 1, 2, 3]], "none of them ran again alone"
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("raised", [asyncio.CancelledError(), BaseExceptionGroup("", [asyncio.CancelledError()])])
 async def test_a_cancellation_that_is_not_that_of_the_task_is_an_error(raised: BaseException) -> None:
