@@ -25,7 +25,7 @@ from modalkit.service.cli.common import one_of
 from modalkit.service.errors import UsageError, describe_error
 
 KEEP_BAD_BYTES = "surrogateescape"
-"""Bytes that are no UTF-8 become characters that `_record_of` refuses, so that only their line has an error."""
+"""Bytes that are no UTF-8 become characters that are refused later, so that only their line has an error."""
 GZIP_MAGIC = b"\x1f\x8b"
 DEFAULT_FIELD = "text"
 ITSELF = ""
@@ -38,6 +38,7 @@ SHOWN_KEYS = 10
 _TEXTS = ("string", "integer", "number", "boolean")
 """Types of a JSON schema that a text can be validated as."""
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
+_NOT_UTF8 = "is not UTF-8; convert the input to UTF-8"
 
 
 class FileFormat(StrEnum):
@@ -222,6 +223,9 @@ def read_records(
             continue
         try:
             value = from_json(text)
+        except TypeError:  # raised for a text with characters of `KEEP_BAD_BYTES`
+            yield Record(line, None, _NOT_UTF8)
+            continue
         except ValueError as error:
             reason = str(error).replace(" at line 1 column", " at column")  # a line is one of many
             yield Record(line, None, f"not JSON: {reason}")
@@ -249,8 +253,7 @@ def _record_of(
         columns = {name or DEFAULT_FIELD: text for name, text in fields.items()}
     for name, text in fields.items():
         if isinstance(text, str) and _BAD_BYTE.search(text):
-            error = f"{name or DEFAULT_FIELD}: is not UTF-8; convert the input to UTF-8"
-            return Record(line, None, error, columns, unit)
+            return Record(line, None, f"{name or DEFAULT_FIELD}: {_NOT_UTF8}", columns, unit)
     return Record(line, fields[ITSELF] if [*fields] == [ITSELF] else fields, columns=columns, unit=unit)
 
 

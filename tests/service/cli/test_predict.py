@@ -507,13 +507,19 @@ async def test_an_output_that_cannot_be_written_ends_the_run_with_its_own_error(
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.txt", b"caf\xe9\nfine\n"), ("a.csv", b"text\ncaf\xe9\nfine\n")], ids=["txt", "csv"]
+    ("name", "content", "where"),
+    [
+        ("a.txt", b"caf\xe9\nfine\n", "text: "),
+        ("a.csv", b"text\ncaf\xe9\nfine\n", "text: "),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n"fine"\n', ""),
+    ],
+    ids=["txt", "csv", "jsonl"],
 )
 def test_a_line_that_is_not_utf8_fails_alone_and_says_so(
-    modalkit: Modalkit, folder: Path, name: str, content: bytes
+    modalkit: Modalkit, folder: Path, name: str, content: bytes, where: str
 ) -> None:
     (folder / name).write_bytes(content)
     ran = modalkit("predict", "-i", name)
     bad, good = map(json.loads, ran.stdout.splitlines())
-    assert bad["error"] == "text: is not UTF-8; convert the input to UTF-8"
+    assert bad["error"] == f"{where}is not UTF-8; convert the input to UTF-8"
     assert good["status"] == "success"
