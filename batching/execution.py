@@ -228,11 +228,13 @@ class Executor(Generic[T, R]):
         """
         async with AsyncExitStack() as used:
             is_ready = False
-            with anyio.move_on_after(timeout_s):
+            with anyio.move_on_after(timeout_s) as scope:
                 await used.enter_async_context(use.alone())
                 is_ready = await self._has_prepared(use)
                 while not is_ready and timeout_s is not None and not self.is_retired:
                     is_ready = await self._has_prepared(use)
+            if scope.cancelled_caught:
+                logger.error("%s: device %d was not ready within %g s", self._name, self.device, timeout_s)
             yield is_ready
 
     async def _has_prepared(self, use: DeviceUse) -> bool:

@@ -147,7 +147,7 @@ async def test_after_each_preparation_the_event_loop_is_told_that_a_device_is_re
 @pytest.mark.anyio
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_the_items_of_a_batch_whose_device_cannot_be_prepared_run_on_another_one(
-    hangs: bool, monkeypatch: pytest.MonkeyPatch
+    hangs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batch_run, "MAX_PREPARE_S", 0.05)
     is_down, may_end = threading.Event(), threading.Event()
@@ -172,6 +172,7 @@ async def test_the_items_of_a_batch_whose_device_cannot_be_prepared_run_on_anoth
         with anyio.fail_after(5):
             assert await scheduler.submit_many(range(16)) == [Success(number) for number in range(16)]
         may_end.set()
+    assert "device 1 was not ready within 0.05 s" in caplog.text
 
 
 @pytest.mark.anyio

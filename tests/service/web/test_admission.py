@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 
 import anyio
@@ -18,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Message, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError, Success
 from modalkit.pipelines import AsyncInputModel
@@ -259,50 +258,7 @@ async def test_bodies_that_stall_hold_a_bounded_number_of_bytes_and_small_ones_a
     assert (await client.post("/batch/predict", content=list_of(990))).status_code == 413, "the queue holds 100"
 
 
-@pytest.mark.parametrize("make", [DirectResponse, lambda content: list_response([content[1:-1]] * 8)])
-async def test_answers_that_no_client_takes_hold_a_bounded_number_of_bytes(
-    make: Callable[[bytes], DirectResponse],
-) -> None:
-    """Where they are full, a large answer is a problem, also instead of the first event of a stream."""
-    admission, content = Admission(RequestConfig(max_pending_bytes=LARGE)), b"1" * LARGE
-    is_taken = anyio.Event()
-
-    async def ask(answer: Response, *, waits: bool = False) -> list[Message]:
-        sent = list[Message]()
-
-        async def receive() -> Message:
-            await anyio.sleep_forever()
-            raise AssertionError
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-            if waits and "body" in message:
-                await is_taken.wait()
-
-        scope: Scope = {"type": "http"}
-        with Reception(admission, scope):
-            await answer(scope, receive, send)
-        return sent
-
-    async def events(event: bytes) -> AsyncGenerator[bytes]:
-        yield event
-
-    async with anyio.create_task_group() as task_group:
-        task_group.start_soon(partial(ask, make(content), waits=True))  # alone, it may be larger than the limit
-        await anyio.wait_all_tasks_blocked()
-        assert admission.held_bytes >= LARGE - FREE_BYTES
-        for large in (make(content), EventStream(events(content))):
-            start, body = await ask(large)
-            assert (start["status"], json.loads(body["body"])["type"]) == (503, f"{TYPE_PREFIX}service-unavailable")
-        assert (await ask(DirectResponse(content, may_be_refused=False)))[0]["status"] == 200
-        for small in (DirectResponse(b"1" * FREE_BYTES), EventStream(events(b"data: 1\n\n"))):
-            assert (await ask(small))[0]["status"] == 200
-        is_taken.set()
-    assert admission.held_bytes == 0
-    assert (await ask(make(content)))[0]["status"] == 200
-
-
-async def ask(app: FastAPI, path: str, method: str = "GET", wait: Callable[[], Any] = checkpoint) -> list[Message]:
+async def ask(app: ASGIApp, path: str, method: str = "GET", wait: Callable[[], Any] = checkpoint) -> list[Message]:
     """What an application answers to a client that awaits `wait` with each part of the answer."""
     sent = list[Message]()
 
@@ -317,6 +273,39 @@ async def ask(app: FastAPI, path: str, method: str = "GET", wait: Callable[[], A
 
     await app({"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}, receive, send)
     return sent
+
+
+@pytest.mark.parametrize("make", [DirectResponse, lambda content: list_response([content[1:-1]] * 8)])
+async def test_answers_that_no_client_takes_hold_a_bounded_number_of_bytes(
+    make: Callable[[bytes], DirectResponse],
+) -> None:
+    """Where they are full, a large answer is a problem, also instead of the first event of a stream."""
+    admission, content = Admission(RequestConfig(max_pending_bytes=LARGE)), b"1" * LARGE
+    is_taken = anyio.Event()
+
+    async def sent(answer: Response, wait: Callable[[], Any] = checkpoint) -> list[Message]:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            with Reception(admission, scope):
+                await answer(scope, receive, send)
+
+        return await ask(app, "/", wait=wait)
+
+    async def events(event: bytes) -> AsyncGenerator[bytes]:
+        yield event
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(sent, make(content), is_taken.wait)  # alone, it may be larger than the limit
+        await anyio.wait_all_tasks_blocked()
+        assert admission.held_bytes >= LARGE - FREE_BYTES
+        for large in (make(content), EventStream(events(content))):
+            start, body = await sent(large)
+            assert (start["status"], json.loads(body["body"])["type"]) == (503, f"{TYPE_PREFIX}service-unavailable")
+        assert (await sent(DirectResponse(content, may_be_refused=False)))[0]["status"] == 200
+        for small in (DirectResponse(b"1" * FREE_BYTES), EventStream(events(b"data: 1\n\n"))):
+            assert (await sent(small))[0]["status"] == 200
+        is_taken.set()
+    assert admission.held_bytes == 0
+    assert (await sent(make(content)))[0]["status"] == 200
 
 
 async def ask_slowly(app: FastAPI, path: str, is_taken: anyio.Event, task_status: TaskStatus[None]) -> None:
